@@ -161,7 +161,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "train-demo-moe", help="checkpoint folder")
     parser.add_argument("--steps", type=int, default=3200)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
-    parser.add_argument("--balance", type=float, default=0.02, help="weight of the load-balancing loss")
+    parser.add_argument("--balance", type=float, default=0.1, help="weight of the load-balancing loss")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--every", type=int, default=200, help="steps between validations and checkpoints")
     parser.add_argument("--resume", action="store_true")

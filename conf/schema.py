@@ -1,0 +1,223 @@
+"""The configuration of every job, as frozen dataclasses. Their fields are the keys of the YAML files beside this one.
+
+Owns names, defaults and the checks that need nothing but the values themselves. Imports only the standard library: the
+vLLM plugin reads `RerouteConfig` in every engine process.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args, get_type_hints
+
+METRICS = ("frobenius", "cosine", "cka")
+Metric = Literal["frobenius", "cosine", "cka"]
+PolicyName = Literal["none", "sere", "top_k", "random"]
+
+
+class ConfigError(ValueError):
+    """A setting or an input that the user has to change. The message names the value and the remedy, in one line."""
+
+
+def unknown_key(key: str, valid: list[str], where: str) -> ConfigError:
+    """The error for a key that does not exist, with the nearest one that does."""
+    close = difflib.get_close_matches(key.rsplit(".", 1)[-1], valid, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"valid keys: {', '.join(sorted(valid))}"
+    return ConfigError(f"unknown key {key!r} in {where}: {hint}")
+
+
+def _at_least(config: Any, least: int, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value < least:
+            raise ConfigError(f"{name} must be at least {least}, got {value}")
+
+
+def _one_of(config: Any, *names: str) -> None:
+    hints = get_type_hints(type(config))
+    for name in names:
+        value, valid = getattr(config, name), get_args(hints[name])
+        if value not in valid:
+            raise ConfigError(f"{name} must be one of {', '.join(valid)}, got {value!r}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RerouteConfig:
+    """How a replica re-routes: vLLM's `additional_config["sere"]`, and the `reroute` section of a generate config."""
+
+    policy: PolicyName = "sere"
+    """none: count only; sere: to the most similar primary expert; top_k: drop all but primary_top_k slots; random: to a
+    random primary expert."""
+    similarity: str | None = None
+    """Similarity artifact: a path, or, in a generate config, models:/NAME@ALIAS. Needed by policy sere."""
+    metric: Metric = "cosine"
+    """Which of the artifact's matrices to use."""
+    primary_top_k: int = 2
+    """Slots per decode row whose experts are primary (the paper's S): 1 to the model's top_k."""
+    threshold: float = 0.5
+    """Least similarity that re-routes (the paper's rho), 0 to 1. Useful values depend on the metric."""
+    phase: Literal["decode", "all"] = "decode"
+    """decode: prompts are never touched; all: prompt rows are treated as decode rows (the paper)."""
+    min_tokens: int = 4
+    """Steps with fewer decode rows than this are left alone: there is nothing to save, and quality suffers most."""
+    max_tokens: int = 1024
+    """Steps with more rows than this are left alone."""
+    seed: int = 0
+    """Seed of policy random."""
+    check_model: bool = True
+    """Refuse an artifact computed from other weights than the model's. Off: only layer and expert counts must match."""
+    stats_dir: str | None = None
+    """Folder for the counters (one pair of files per engine worker). None: they are only logged. `sere generate` sets it."""
+
+    def __post_init__(self) -> None:
+        _one_of(self, "policy", "metric", "phase")
+        _at_least(self, 1, "primary_top_k", "min_tokens", "max_tokens")
+        if not 0 <= self.threshold <= 1:
+            raise ConfigError(f"threshold must be between 0 and 1, got {self.threshold}")
+        if self.policy == "sere" and not self.similarity:
+            raise ConfigError("policy 'sere' needs similarity: the path of an artifact made by `sere calibrate`")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "RerouteConfig":
+        """Build from `additional_config["sere"]`; an unknown key or a value of the wrong type is a ConfigError."""
+        hints = get_type_hints(cls)
+        for key, value in values.items():
+            if key not in hints:
+                raise unknown_key(key, list(hints), "additional_config['sere']")
+            expected = {float: (int, float)}.get(hints[key], hints[key])
+            if isinstance(expected, (type, tuple)) and (
+                not isinstance(value, expected) or (isinstance(value, bool) and hints[key] is not bool)
+            ):
+                raise ConfigError(f"{key} must be {hints[key].__name__}, got {value!r}")
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrackingConfig:
+    """Where runs are recorded."""
+
+    uri: str = "sqlite:///runs/mlflow.db"
+    """MLflow tracking URI; empty: record nothing."""
+    experiment: str = "sere"
+    run_name: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CalibrateConfig:
+    """`sere calibrate`: expert similarity of one model from calibration text."""
+
+    model: str
+    """Folder or hub name of a Transformers MoE model."""
+    data: str
+    """Parquet or JSONL file, folder or glob with one text per row."""
+    output: str
+    """Similarity artifact to write (.safetensors)."""
+    text_column: str = "text"
+    metrics: tuple[Metric, ...] = METRICS
+    num_sequences: int = 400
+    """Rows used, in order; fewer if the data has fewer."""
+    sequence_length: int = 128
+    """Tokens per row; longer rows are cut, shorter ones padded (padding does not count)."""
+    batch_size: int = 8
+    """Rows per forward pass."""
+    num_workers: int = 1
+    """Ray actors, each with its own copy of the model and a share of the rows."""
+    num_cpus_per_worker: float = 1
+    num_gpus_per_worker: float = 0
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    trust_remote_code: bool = False
+    registered_model: str = "sere-similarity"
+    """Name in the MLflow model registry under which the artifact becomes a new version."""
+    alias: str = "candidate"
+    """Alias given to the new version."""
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def __post_init__(self) -> None:
+        _one_of(self, "dtype")
+        _at_least(self, 1, "num_sequences", "batch_size", "num_workers")
+        _at_least(self, 4, "sequence_length")
+        if not self.metrics or not set(self.metrics) <= set(METRICS):
+            raise ConfigError(f"metrics must be some of {', '.join(METRICS)}, got {list(self.metrics)}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingConfig:
+    """What is generated for a prompt. Names are vLLM's `SamplingParams`."""
+
+    max_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "max_tokens")
+        if self.temperature < 0:
+            raise ConfigError(f"temperature must be at least 0, got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p must be above 0 and at most 1, got {self.top_p}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineConfig:
+    """The vLLM replicas."""
+
+    replicas: int = 1
+    max_num_seqs: int = 32
+    """Sequences decoded together in one replica: the decode batch that quality figures refer to."""
+    max_model_len: int | None = None
+    """Context length; None: the model's."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    tensor_parallel_size: int = 1
+    enforce_eager: bool = False
+    """Skip torch.compile and CUDA graphs: starts faster, decodes slower."""
+    accelerator_type: str | None = None
+    """Ray accelerator type of the GPUs wanted, for example H200; None: any, or CPU where Ray sees no GPU."""
+    cpus_per_replica: float = 1
+    """CPU cores Ray reserves for a replica on a machine without GPUs."""
+    kv_cache_gib: float = 1.0
+    """KV cache of a replica on the CPU; on a GPU vLLM sizes it itself."""
+    trust_remote_code: bool = False
+    engine_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of vLLM's engine, as they are."""
+
+    def __post_init__(self) -> None:
+        _one_of(self, "dtype")
+        _at_least(self, 1, "replicas", "max_num_seqs", "tensor_parallel_size")
+        if self.kv_cache_gib <= 0:
+            raise ConfigError(f"kv_cache_gib must be above 0, got {self.kv_cache_gib}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GenerateConfig:
+    """`sere generate`: a dataset through vLLM replicas."""
+
+    model: str
+    """Folder or hub name of the model."""
+    data: str
+    """Parquet or JSONL file, folder or glob."""
+    output: str
+    """Folder for the result (parquet); must not hold an earlier one."""
+    id_column: str = "id"
+    """Unique, not null: results are matched to inputs by it."""
+    prompt_column: str = "prompt"
+    reference_column: str = "reference"
+    """If the data has it, exact match is computed and recorded."""
+    task_column: str = "task"
+    """If the data has it, exact match is also recorded per task."""
+    batch_size: int = 64
+    """Rows per Ray Data block sent to a replica; at least max_num_seqs keeps replicas full."""
+    num_rows: int | None = None
+    """Only the first rows, for a trial; None: all."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    reroute: RerouteConfig | None = None
+    """None: unmodified vLLM, the plugin does nothing and nothing is counted."""
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "batch_size")
+        if self.num_rows is not None:
+            _at_least(self, 1, "num_rows")

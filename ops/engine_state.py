@@ -1,0 +1,278 @@
+"""What the plugin keeps for one engine worker: policies, roles, counters, and every reason to refuse to start.
+
+Everything that could make re-routing wrong or silently off is a ConfigError before the engine takes a request.
+"""
+
+import logging
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from conf.schema import ConfigError, RerouteConfig
+from ops.model_digest import model_digest
+from ops.policies import POLICIES, LayerInfo, Policy
+from ops.similarity import SimilarityArtifact
+from ops.stats import CounterFile, count_step
+from ops.token_roles import TokenRoles, fill_from_metadata, metadata_gives_roles
+
+logger = logging.getLogger("vllm.sere")
+
+
+class LayerState:
+    """One MoE layer: its policy and its counters."""
+
+    def __init__(self, policy: Policy, roles: TokenRoles) -> None:
+        self.policy = policy
+        self.roles = roles
+        self.counters: Tensor | None = None
+
+    def route(self, topk_weights: Tensor, topk_ids: Tensor, router_logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Apply the policy to one step and count what it did. Shapes as in `Policy.route`."""
+        num_rows = topk_ids.shape[0]
+        if num_rows > self.roles.roles.numel():
+            raise RuntimeError(
+                f"a step has {num_rows} rows, more than the {self.roles.roles.numel()} that max_num_batched_tokens allows: "
+                "token roles cannot be known"
+            )
+        roles = self.roles.roles[:num_rows]
+        weights, ids = self.policy.route(topk_weights, topk_ids, router_logits, roles)
+        if self.counters is not None:
+            count_step(
+                self.counters,
+                topk_weights=topk_weights,
+                ids_before=topk_ids,
+                ids_after=ids,
+                roles=roles,
+                num_decode_rows=self.roles.num_decode_rows,
+                num_experts=self.policy.layer.num_experts,
+                primary_top_k=self.policy.config.primary_top_k,
+            )
+        return weights, ids
+
+
+class EngineState:
+    """All MoE layers of one engine worker."""
+
+    def __init__(self, settings: dict[str, Any], vllm_config: Any) -> None:
+        """Args:
+        settings: The user's `additional_config["sere"]`.
+        vllm_config: The engine's `VllmConfig`.
+
+        Raises:
+            ConfigError, SimilarityError: if the settings are wrong or the engine runs in a mode that is not supported.
+        """
+        from vllm.platforms import current_platform
+
+        self.config = RerouteConfig.from_dict(settings)
+        self.device = torch.device(current_platform.device_type)
+        _refuse_engine_modes(vllm_config, self.config, self.device)
+        self._model = vllm_config.model_config.model
+        self.artifact: SimilarityArtifact | None = None
+        if POLICIES[self.config.policy].needs_similarity:
+            self.artifact = SimilarityArtifact.load(self.config.similarity)
+        compilation, scheduler = vllm_config.compilation_config, vllm_config.scheduler_config
+        speculative = vllm_config.speculative_config
+        self.roles = TokenRoles(
+            capacity=max(scheduler.max_num_batched_tokens, compilation.max_cudagraph_capture_size or 0),
+            device=self.device,
+            decode_length=1 + (speculative.num_speculative_tokens if speculative is not None else 0),
+            phase=self.config.phase,
+            min_tokens=self.config.min_tokens,
+            max_tokens=self.config.max_tokens,
+        )
+        self.layers: dict[int, LayerState] = {}
+        self._attention_layer: str | None = None
+        self._counters: CounterFile | None = None
+        self._serving = False
+
+    def add_layer(self, runner: Any) -> LayerState:
+        """Make the policy of one `MoERunner`.
+
+        Raises:
+            ConfigError, SimilarityError: if the layer cannot be re-routed, or not with this artifact.
+        """
+        index = runner.layer_id
+        router = runner.router
+        _refuse_router(runner)
+        if index in self.layers:
+            raise ConfigError(
+                f"layer {index} has two MoE blocks ({runner.layer_name}): re-routing of such models is not supported, "
+                "remove `sere` from additional_config"
+            )
+        renormalize = getattr(router, "renormalize", None)
+        if renormalize is None and self.config.policy == "top_k":
+            raise ConfigError(
+                f"policy 'top_k' cannot tell whether {type(router).__name__} renormalises its weights: use another policy"
+            )
+        info = LayerInfo(
+            index=index,
+            # Not the router's count, which includes EPLB's redundant copies: re-routing is before that mapping.
+            num_experts=runner.moe_config.num_logical_experts,
+            top_k=router.top_k,
+            renormalize=bool(renormalize),
+            device=self.device,
+        )
+        similarity = None
+        if self.artifact is not None:
+            if not self.layers:
+                digest = model_digest(self._model) if self.config.check_model else None
+                self.artifact.check_model(num_experts=info.num_experts, digest=digest)
+            similarity = self.artifact.matrix(index, self.config.metric)
+            if similarity.shape[0] != info.num_experts:
+                raise ConfigError(
+                    f"layer {index} has {info.num_experts} experts, its similarity matrix {similarity.shape[0]}: "
+                    "use the artifact of this model"
+                )
+        self.layers[index] = LayerState(POLICIES[self.config.policy](self.config, info, similarity), self.roles)
+        return self.layers[index]
+
+    def finish_start(self, static_layers: dict[str, Any]) -> None:
+        """The checks that need the whole model, and the counters. Called once, before warm-up.
+
+        Args:
+            static_layers: vLLM's `static_forward_context`: attention and MoE layers by name.
+
+        Raises:
+            ConfigError: if re-routing would not take place or not be right.
+        """
+        from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
+
+        if not self.layers and get_pp_group().world_size == 1:
+            raise ConfigError(
+                f"model {self._model} has no MoE layer that routes through vLLM's FusedMoERouter: "
+                "remove `sere` from additional_config"
+            )
+        for layer in static_layers.values():
+            if hasattr(layer, "sere_layer"):
+                _refuse_monolithic(layer)
+        self._attention_layer = _find_attention_layer(static_layers)
+        if self._counters is None and self.layers:
+            rank = get_tensor_model_parallel_rank()
+            manifest = {"model": str(self._model), "reroute": self.config.to_dict()}
+            indices = sorted(self.layers)
+            folder = self.config.stats_dir if rank == 0 else None
+            self._counters = CounterFile(layers=indices, device=self.device, folder=folder, manifest=manifest)
+            for row, index in enumerate(indices):
+                self.layers[index].counters = self._counters.counts[row]
+        logger.info("SERE: policy %s on %d MoE layers", self.config.policy, len(self.layers))
+
+    def begin_step(self, attn_metadata: Any) -> None:
+        """Set the rows' roles from the step's attention metadata: by layer name, or None in profiling and warm-up."""
+        if attn_metadata is None or self._attention_layer is None:
+            self.roles.clear()
+            return
+        if not isinstance(attn_metadata, dict):
+            raise RuntimeError("SERE needs one batch per step, got microbatches: turn off dual batch overlap (enable_dbo)")
+        metadata = attn_metadata.get(self._attention_layer)
+        if metadata is None:
+            # A draft model's own step.
+            self.roles.clear()
+        else:
+            fill_from_metadata(self.roles, metadata)
+
+    def serve(self) -> None:
+        """Called before every real step."""
+        if self._counters is not None:
+            if not self._serving:
+                self._counters.reset()
+                self._serving = True
+            self._counters.flush(only_if_due=True)
+
+    def end(self) -> None:
+        """Called when the worker shuts down."""
+        if self._counters is not None:
+            self._counters.flush()
+
+
+ENGINE_STATES: dict[int, EngineState] = {}
+"""Live engines of this process, by the identity of their `static_forward_context`."""
+
+
+def _refuse_engine_modes(vllm_config: Any, config: RerouteConfig, device: torch.device) -> None:
+    """Refuse what contradicts re-routing, or hides from a worker which rows are decode rows."""
+    import vllm.envs as envs
+
+    parallel = vllm_config.parallel_config
+    refusals = [
+        (
+            envs.VLLM_BATCH_INVARIANT,
+            "batch-invariant mode (VLLM_BATCH_INVARIANT=1) promises that a sequence does not depend on its batch, "
+            "re-routing makes it depend: unset VLLM_BATCH_INVARIANT or remove `sere` from additional_config",
+        ),
+        (
+            parallel.data_parallel_size > 1,
+            f"data_parallel_size={parallel.data_parallel_size} mixes rows of several engines in one MoE layer, so their roles "
+            "cannot be known: run independent replicas instead (sere generate, engine.replicas)",
+        ),
+        (
+            getattr(parallel, "use_sequence_parallel_moe", False),
+            "sequence-parallel MoE gives each rank a slice of the rows, so their roles cannot be known: use tensor "
+            "parallelism without expert parallelism, or another all2all_backend",
+        ),
+        (
+            getattr(parallel, "prefill_context_parallel_size", 1) > 1,
+            "prefill context parallelism splits rows over ranks, so their roles cannot be known: set "
+            "prefill_context_parallel_size to 1",
+        ),
+        (
+            getattr(parallel, "use_ubatching", False) or getattr(parallel, "enable_dbo", False),
+            "dual batch overlap splits a step in microbatches, so its rows' roles cannot be known: set enable_dbo to false",
+        ),
+        (
+            device.type != "cpu" and config.policy in ("sere", "random"),
+            f"policy {config.policy!r} has no kernel for {device.type} in this version: run it on the CPU, or use policy "
+            "'none' or 'top_k'",
+        ),
+    ]
+    for applies, message in refusals:
+        if applies:
+            raise ConfigError(message)
+
+
+def _refuse_router(runner: Any) -> None:
+    """Refuse a layer whose routing does not pass through `_compute_routing` with one id per routed expert."""
+    router = runner.router
+    name = type(router).__name__
+    if not hasattr(router, "_compute_routing"):
+        raise ConfigError(f"{runner.layer_name} routes with {name}, which cannot be followed: remove `sere`")
+    if name == "ZeroExpertRouter":
+        raise ConfigError(f"{runner.layer_name} has zero-computation experts, which cannot be re-routed: remove `sere`")
+    if getattr(router, "num_fused_shared_experts", 0):
+        raise ConfigError(
+            f"{runner.layer_name} routes its shared experts together with the others: turn that fusion off "
+            "(VLLM_ROCM_USE_AITER_FUSION_SHARED_EXPERTS=0)"
+        )
+
+
+def _refuse_monolithic(runner: Any) -> None:
+    """Refuse a MoE backend that routes inside its kernel and never calls the router."""
+    if runner.is_monolithic:
+        method = runner.routed_experts.quant_method
+        kernel = getattr(method, "moe_kernel", None)
+        backend = type(getattr(kernel, "fused_experts", None) or method).__name__
+        raise ConfigError(
+            f"{runner.layer_name} runs on {backend}, which routes inside its kernel and would never be re-routed: choose "
+            "another MoE backend, for example moe_backend='triton' (vllm serve --moe-backend triton)"
+        )
+
+
+def _find_attention_layer(static_layers: dict[str, Any]) -> str:
+    """An attention layer whose metadata tells which rows are decode rows."""
+    seen = []
+    for name, layer in static_layers.items():
+        if not hasattr(layer, "get_attn_backend"):
+            continue
+        builder = layer.get_attn_backend().get_builder_cls()
+        for base in builder.__mro__:
+            for generic in getattr(base, "__orig_bases__", ()):
+                for metadata_class in get_args(generic):
+                    if isinstance(metadata_class, type):
+                        seen.append(metadata_class.__name__)
+                        if metadata_gives_roles(metadata_class):
+                            return name
+    raise ConfigError(
+        "no attention backend of this model says which rows are decode rows (metadata: "
+        f"{', '.join(sorted(set(seen))) or 'none'}): choose another attention backend, for example FLASH_ATTN, or remove "
+        "`sere` from additional_config"
+    )

@@ -1,0 +1,107 @@
+"""The custom op `sere::reroute_topk`: re-routing of one step of one layer, dispatched by device.
+
+Same contract as `ops.reference.reroute_reference`, for use in compiled graphs: it has a fake kernel and no Python state.
+"""
+
+import torch
+from torch import Tensor
+
+from ops.reference import DECODE, PREFILL
+
+_library = torch.library.Library("sere", "FRAGMENT")
+_library.define(
+    "reroute_topk(Tensor topk_weights, Tensor topk_ids, Tensor similarity, int primary_top_k, float threshold, "
+    "Tensor? roles) -> Tensor"
+)
+
+
+def reroute_topk(
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    similarity: Tensor,
+    *,
+    primary_top_k: int,
+    threshold: float,
+    roles: Tensor | None = None,
+) -> Tensor:
+    """Re-route the secondary experts of one step: `reroute_reference`, fast. Arguments and result are the reference's.
+
+    Raises:
+        ValueError: if shapes, dtypes or `primary_top_k` do not fit together.
+        NotImplementedError: if there is no kernel for the tensors' device.
+    """
+    if topk_ids.ndim != 2 or topk_weights.shape != topk_ids.shape:
+        raise ValueError(
+            f"topk_weights and topk_ids must both be [num_tokens, top_k], got {list(topk_weights.shape)} and "
+            f"{list(topk_ids.shape)}"
+        )
+    if topk_ids.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"topk_ids must be int32 or int64, got {topk_ids.dtype}")
+    if similarity.ndim != 2 or similarity.shape[0] != similarity.shape[1] or similarity.dtype != torch.float32:
+        raise ValueError(
+            f"similarity must be float32 [num_experts, num_experts], got {similarity.dtype} {list(similarity.shape)}"
+        )
+    if roles is not None and (roles.dtype != torch.int8 or roles.shape != topk_ids.shape[:1]):
+        raise ValueError(f"roles must be int8 [{topk_ids.shape[0]}], got {roles.dtype} {list(roles.shape)}")
+    if primary_top_k < 1:
+        raise ValueError(f"primary_top_k must be at least 1, got {primary_top_k}")
+    return torch.ops.sere.reroute_topk(topk_weights, topk_ids, similarity, primary_top_k, threshold, roles)
+
+
+def voting_slots(topk_weights: Tensor, topk_ids: Tensor, primary_top_k: int, roles: Tensor | None) -> Tensor:
+    """The slots that make their expert primary, bool `[num_tokens, top_k]` (step 1 of the reference)."""
+    used = topk_ids >= 0
+    order = topk_weights.masked_fill(~used, -torch.inf).sort(dim=1, descending=True, stable=True).indices
+    votes = torch.zeros_like(used).scatter_(1, order[:, :primary_top_k], True).logical_and_(used)
+    if roles is None:
+        return votes
+    role = roles.unsqueeze(1)
+    return votes.logical_and_(role == DECODE).logical_or_(used.logical_and_(role == PREFILL))
+
+
+def primary_experts(topk_ids: Tensor, votes: Tensor, num_experts: int) -> Tensor:
+    """Which experts are primary, bool `[num_experts]`. Has no data-dependent shapes."""
+    # Slots without a vote write to one expert past the last.
+    target = torch.where(votes, topk_ids.long(), num_experts).flatten()
+    primary = torch.zeros(num_experts + 1, dtype=torch.bool, device=topk_ids.device)
+    return primary.index_fill_(0, target, True)[:num_experts]
+
+
+@torch.library.impl(_library, "reroute_topk", "CPU")
+def _reroute_topk_cpu(
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    similarity: Tensor,
+    primary_top_k: int,
+    threshold: float,
+    roles: Tensor | None,
+) -> Tensor:
+    if topk_ids.numel() == 0 or primary_top_k >= topk_ids.shape[1]:
+        return topk_ids.clone()
+    num_experts = similarity.shape[0]
+    votes = voting_slots(topk_weights, topk_ids, primary_top_k, roles)
+    primary = primary_experts(topk_ids, votes, num_experts)
+    # Only the primary experts' columns are searched; they ascend, and argmax takes the first, lowest, of equals.
+    candidates = primary.nonzero().squeeze(1)
+    if candidates.numel() in (0, num_experts):
+        return topk_ids.clone()
+    best, column = similarity.index_select(1, candidates).max(dim=1)
+    reroutes = (best >= threshold).logical_and_(~primary)
+    table = torch.where(reroutes, candidates[column], torch.arange(num_experts)).to(topk_ids.dtype)
+    rerouted = table[topk_ids.clamp(min=0).flatten().long()].view_as(topk_ids)
+    secondary = (topk_ids >= 0).logical_and_(~votes)
+    if roles is not None:
+        secondary.logical_and_((roles == DECODE).unsqueeze(1))
+    return torch.where(secondary, rerouted, topk_ids)
+
+
+@torch.library.register_fake("sere::reroute_topk", lib=_library)
+def _reroute_topk_fake(
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    similarity: Tensor,
+    primary_top_k: int,
+    threshold: float,
+    roles: Tensor | None,
+) -> Tensor:
+    return torch.empty_like(topk_ids)

@@ -1,0 +1,175 @@
+"""`SimilarityArtifact`: the expert-similarity matrices of one model, on disk as one safetensors file with a manifest."""
+
+import json
+import os
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+FILE_NAME = "similarity.safetensors"
+FORMAT_VERSION = 1
+_TOLERANCE = 1e-4
+
+
+class SimilarityError(ValueError):
+    """An artifact that cannot be used. The message says what is wrong with it and what to do."""
+
+
+def _key(layer: int, metric: str) -> str:
+    return f"layers.{layer}.{metric}"
+
+
+def _check_matrix(name: str, matrix: Tensor, num_experts: int) -> None:
+    """Refuse a matrix that is not a similarity of `num_experts` experts."""
+    advice = "compute it again with `sere calibrate`"
+    if matrix.dtype != torch.float32 or tuple(matrix.shape) != (num_experts, num_experts):
+        raise SimilarityError(
+            f"{name} must be float32 [{num_experts}, {num_experts}], is {matrix.dtype} {list(matrix.shape)}: {advice}"
+        )
+    if not torch.isfinite(matrix).all():
+        raise SimilarityError(f"{name} has NaN or infinite values: {advice}")
+    low, high = matrix.min().item(), matrix.max().item()
+    if low < 0 or high > 1 + _TOLERANCE:
+        raise SimilarityError(f"{name} has values outside [0, 1] ({low:.4g} to {high:.4g}): {advice}")
+    skew = (matrix - matrix.T).abs().max().item()
+    if skew > _TOLERANCE:
+        raise SimilarityError(f"{name} is not symmetric (largest difference {skew:.4g}): {advice}")
+    if (matrix.diagonal() - 1).abs().max().item() > _TOLERANCE:
+        raise SimilarityError(f"{name} must have a diagonal of 1: {advice}")
+    if num_experts > 1 and not (matrix - torch.diag(matrix.diagonal())).any():
+        raise SimilarityError(f"{name} is the identity: no expert resembles another, so nothing was measured: {advice}")
+
+
+@dataclass(frozen=True)
+class SimilarityArtifact:
+    """Similarity matrices per layer and metric, and the manifest that says what they were computed from.
+
+    Attributes:
+        matrices: float32 `[num_experts, num_experts]` by `(layer, metric)`; symmetric, diagonal 1, values in [0, 1].
+        manifest: at least `num_experts` (int), `layers` (list of int), `metrics` (list of str) and `model` (dict with
+            `name` and `digest`).
+    """
+
+    matrices: dict[tuple[int, str], Tensor]
+    manifest: dict[str, Any]
+
+    @property
+    def layers(self) -> list[int]:
+        return list(self.manifest["layers"])
+
+    @property
+    def metrics(self) -> list[str]:
+        return list(self.manifest["metrics"])
+
+    @property
+    def num_experts(self) -> int:
+        return self.manifest["num_experts"]
+
+    def matrix(self, layer: int, metric: str) -> Tensor:
+        """One layer's matrix, float32 `[num_experts, num_experts]`.
+
+        Raises:
+            SimilarityError: if the artifact lacks the layer or the metric.
+        """
+        if metric not in self.metrics:
+            raise SimilarityError(f"the artifact has no metric {metric!r}: it has {', '.join(self.metrics)}")
+        if layer not in self.layers:
+            raise SimilarityError(
+                f"the artifact has no matrix for layer {layer}: it has {self.layers}; calibrate this very model"
+            )
+        return self.matrices[layer, metric]
+
+    def validate(self) -> "SimilarityArtifact":
+        """Return self if every layer and metric of the manifest has a proper matrix, and nothing else is there.
+
+        Raises:
+            SimilarityError: otherwise.
+        """
+        for key in ("num_experts", "layers", "metrics", "model"):
+            if not self.manifest.get(key):
+                raise SimilarityError(f"the manifest lacks {key!r}: compute the artifact again with `sere calibrate`")
+        expected = {(layer, metric) for layer in self.layers for metric in self.metrics}
+        for layer, metric in sorted(expected ^ set(self.matrices)):
+            state = "is missing" if (layer, metric) in expected else "is not in the manifest"
+            raise SimilarityError(f"the {metric} matrix of layer {layer} {state}: the artifact is damaged")
+        for (layer, metric), matrix in self.matrices.items():
+            _check_matrix(f"the {metric} matrix of layer {layer}", matrix, self.num_experts)
+        return self
+
+    def check_model(self, *, num_experts: int, digest: str | None) -> None:
+        """Refuse a model other than the one the artifact was computed from.
+
+        Args:
+            num_experts: The model's experts per layer.
+            digest: The model's `ops.model_digest.model_digest`, or None to compare only `num_experts`.
+
+        Raises:
+            SimilarityError: if they do not match.
+        """
+        name = self.manifest["model"].get("name")
+        if num_experts != self.num_experts:
+            raise SimilarityError(
+                f"the artifact is of {name} with {self.num_experts} experts per layer, the model has {num_experts}: "
+                "use the artifact of this model, or make one with `sere calibrate`"
+            )
+        known = self.manifest["model"].get("digest")
+        if digest is not None and known is not None and digest != known:
+            raise SimilarityError(
+                f"the artifact was computed from other weights ({name}, digest {known[:12]}) than this model's (digest "
+                f"{digest[:12]}): calibrate this model, or set check_model to false if it is the same model quantised"
+            )
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Validate and write one file, aside first; an existing file is replaced only by a whole one."""
+        self.validate()
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        aside = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+        tensors = {_key(*key): matrix.contiguous() for key, matrix in self.matrices.items()}
+        manifest = {"format_version": FORMAT_VERSION, **self.manifest}
+        try:
+            save_file(tensors, aside, metadata={"manifest": json.dumps(manifest, sort_keys=True)})
+            aside.replace(target)
+        finally:
+            aside.unlink(missing_ok=True)
+        return target
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "SimilarityArtifact":
+        """Read and validate an artifact.
+
+        Args:
+            path: The file, or a folder that holds it as `similarity.safetensors`.
+
+        Raises:
+            SimilarityError: if there is no such file, it is no artifact, or its matrices are wrong.
+        """
+        file = Path(path)
+        if file.is_dir():
+            file = file / FILE_NAME
+        if not file.is_file():
+            raise SimilarityError(f"no similarity artifact at {file}: make one with `sere calibrate`")
+        try:
+            with safe_open(file, framework="pt") as opened:
+                manifest = json.loads((opened.metadata() or {})["manifest"])
+                matrices = {}
+                for name in opened.keys():  # noqa: SIM118 (not a dict)
+                    _, layer, metric = name.split(".")
+                    matrices[int(layer), metric] = opened.get_tensor(name)
+        except (SafetensorError, KeyError, ValueError) as error:
+            raise SimilarityError(f"{file} is not a similarity artifact ({error}): make one with `sere calibrate`") from error
+        if manifest.get("format_version") != FORMAT_VERSION:
+            raise SimilarityError(
+                f"{file} has format version {manifest.get('format_version')}, this program reads {FORMAT_VERSION}: "
+                "compute it again with `sere calibrate`"
+            )
+        try:
+            return cls(matrices, manifest).validate()
+        except SimilarityError as error:
+            raise SimilarityError(f"{file}: {error}") from None

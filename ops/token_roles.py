@@ -1,0 +1,84 @@
+"""Which rows of a step are decode, prefill or padding rows: one int8 buffer per engine worker, filled once per step.
+
+The buffer stays at one address and is filled with tensor operations only, so CUDA graphs that read it replay correctly.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ops.reference import DECODE, PADDING, PREFILL
+
+
+class TokenRoles:
+    """The roles of the current step's rows, with `min_tokens`, `max_tokens` and `phase` already applied.
+
+    Attributes:
+        roles: int8 `[capacity]`. In a step that is to be left alone decode rows are marked as prefill rows, which no policy
+            touches: the decision is taken here, on the device, and policies need not know of it.
+        num_decode_rows: int64 `[]`, decode rows of the step, whether it is left alone or not.
+    """
+
+    def __init__(
+        self, *, capacity: int, device: torch.device, decode_length: int, phase: str, min_tokens: int, max_tokens: int
+    ) -> None:
+        """Args:
+        capacity: Most rows a step can have, padding included.
+        device: Where the layers run.
+        decode_length: Most query tokens of a sequence that is decoding: 1, plus the speculative tokens.
+        phase: decode, or all to treat prefill rows as decode rows.
+        min_tokens: Fewer decode rows than this: left alone.
+        max_tokens: More rows than this: left alone.
+        """
+        self.roles = torch.zeros(capacity, dtype=torch.int8, device=device)
+        self.num_decode_rows = torch.zeros((), dtype=torch.int64, device=device)
+        self._rows = torch.arange(capacity, dtype=torch.int64, device=device)
+        self._decode_length = capacity if phase == "all" else decode_length
+        self._min_tokens, self._max_tokens = min_tokens, max_tokens
+
+    def clear(self) -> None:
+        """A step without known roles (profiling, warm-up): every row is padding."""
+        self.roles.zero_()
+        self.num_decode_rows.zero_()
+
+    def fill(self, query_start_loc: Tensor) -> None:
+        """Set the roles of a step.
+
+        Args:
+            query_start_loc: int32 `[num_sequences + 1]`: first row of each sequence, then the number of rows that are not
+                padding. Sequences that are padding repeat the last value.
+        """
+        starts = query_start_loc.to(device=self.roles.device, dtype=torch.int64)
+        lengths = starts.diff()
+        sequence = torch.bucketize(self._rows, starts[1:], right=True).clamp_(max=lengths.numel() - 1)
+        real = self._rows < starts[-1]
+        decode = (lengths[sequence] <= self._decode_length).logical_and_(real)
+        self._store(real, decode)
+
+    def fill_counts(self, num_decode_rows: int, num_prefill_rows: int) -> None:
+        """Set the roles of a step whose decode rows come first."""
+        real = self._rows < num_decode_rows + num_prefill_rows
+        decode = self._rows < (num_decode_rows if self._decode_length < self._rows.numel() else real.numel())
+        self._store(real, decode & real)
+
+    def _store(self, real: Tensor, decode: Tensor) -> None:
+        self.num_decode_rows.copy_(decode.sum())
+        reroutes = (self.num_decode_rows >= self._min_tokens) & (real.sum() <= self._max_tokens)
+        self.roles.copy_(torch.where(decode & reroutes, DECODE, torch.where(real, PREFILL, PADDING)))
+
+
+def metadata_gives_roles(metadata_class: type[Any]) -> bool:
+    """Whether `fill_from_metadata` can read roles from an attention backend's metadata."""
+    names = {name for base in metadata_class.__mro__ for name in getattr(base, "__annotations__", ())}
+    return "query_start_loc" in names or {"num_decode_tokens", "num_prefill_tokens"} <= names
+
+
+def fill_from_metadata(roles: TokenRoles, metadata: Any) -> None:
+    """Fill from one attention layer's metadata of this step (see `metadata_gives_roles`)."""
+    starts = getattr(metadata, "query_start_loc", None)
+    if starts is not None:
+        roles.fill(starts)
+    else:
+        # FlashInfer orders the batch so that decode rows come first.
+        roles.fill_counts(metadata.num_decode_tokens, metadata.num_prefill_tokens)

@@ -1,0 +1,145 @@
+"""The vLLM plugin: re-routes the MoE layers of an engine whose `additional_config` has a `sere` section.
+
+vLLM calls `register` in every process (entry point group `vllm.general_plugins`). It wraps four functions of vLLM, each of
+which does nothing more than before unless the engine's configuration asks for re-routing:
+
+    MoERunner.__init__                         a policy per layer; the layer's router is followed by `sere::route`
+    forward_context.create_forward_context     the rows' roles, once per step
+    WorkerWrapperBase.initialize_from_config   the last checks before the engine is up
+    WorkerWrapperBase.execute_model, shutdown  counters start at the first real step and are flushed
+
+`sere::route` sits between the router's top-k and everything that uses it: the capture of routed experts, the mapping of
+logical to physical experts (EPLB), and the experts. It is an opaque custom op that finds its layer by name through vLLM's
+forward context, so torch.compile keeps it and several engines can live in one process.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ops.engine_state import ENGINE_STATES, EngineState, LayerState
+
+_library = torch.library.Library("sere", "FRAGMENT")
+_library.define("route(Tensor topk_weights, Tensor topk_ids, Tensor router_logits, str layer_name) -> (Tensor, Tensor)")
+_ATTRIBUTE = "sere_layer"
+
+
+def _route(topk_weights: Tensor, topk_ids: Tensor, router_logits: Tensor, layer_name: str) -> tuple[Tensor, Tensor]:
+    from vllm.forward_context import get_forward_context
+
+    layer: LayerState = getattr(get_forward_context().no_compile_layers[layer_name], _ATTRIBUTE)
+    weights, ids = layer.route(topk_weights, topk_ids, router_logits)
+    # A custom op must not return its arguments.
+    return weights.clone() if weights is topk_weights else weights, ids.clone() if ids is topk_ids else ids
+
+
+def _route_fake(
+    topk_weights: Tensor, topk_ids: Tensor, router_logits: Tensor, layer_name: str
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(topk_weights), torch.empty_like(topk_ids)
+
+
+for _device in ("CPU", "CUDA"):
+    _library.impl("route", _route, _device)
+torch.library.register_fake("sere::route", _route_fake, lib=_library)
+
+
+def _follow(compute_routing: Callable[..., tuple[Tensor, Tensor]], layer_name: str) -> Callable:
+    """The router's own function, followed by the custom op."""
+
+    @functools.wraps(compute_routing)
+    def routed(hidden_states: Tensor, router_logits: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        topk_weights, topk_ids = compute_routing(hidden_states, router_logits, *args, **kwargs)
+        return torch.ops.sere.route(topk_weights, topk_ids, router_logits, layer_name)
+
+    return routed
+
+
+def _settings(vllm_config: Any) -> dict[str, Any] | None:
+    additional = vllm_config.additional_config
+    return additional.get("sere") if isinstance(additional, dict) else None
+
+
+def _key(vllm_config: Any) -> int:
+    # Copies of an engine's configuration share this dict, which vLLM itself uses to find layers by name.
+    return id(vllm_config.compilation_config.static_forward_context)
+
+
+def _wrap(owner: Any, name: str, make: Callable[[Callable], Callable]) -> None:
+    original = getattr(owner, name)
+    if not hasattr(original, "sere_original"):
+        wrapper = functools.wraps(original)(make(original))
+        wrapper.sere_original = original
+        setattr(owner, name, wrapper)
+
+
+def register() -> None:
+    """Wrap vLLM's functions; calling it again does nothing. Entry point `vllm.general_plugins`."""
+    from vllm import forward_context
+    from vllm.config import get_current_vllm_config
+    from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
+    from vllm.v1.worker.worker_base import WorkerWrapperBase
+
+    def make_init(original: Callable) -> Callable:
+        def init(self: Any, *args: Any, **kwargs: Any) -> None:
+            original(self, *args, **kwargs)
+            vllm_config = get_current_vllm_config()
+            settings = _settings(vllm_config)
+            if settings is None:
+                return
+            state = ENGINE_STATES.get(_key(vllm_config))
+            if state is None:
+                state = ENGINE_STATES[_key(vllm_config)] = EngineState(settings, vllm_config)
+            layer = state.add_layer(self)
+            object.__setattr__(self, _ATTRIBUTE, layer)
+            self.router._compute_routing = _follow(self.router._compute_routing, self.layer_name)
+
+        return init
+
+    def make_create(original: Callable) -> Callable:
+        def create_forward_context(attn_metadata: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
+            if _settings(vllm_config) is not None and (state := ENGINE_STATES.get(_key(vllm_config))) is not None:
+                state.begin_step(attn_metadata)
+            return original(attn_metadata, vllm_config, *args, **kwargs)
+
+        return create_forward_context
+
+    def make_initialize(original: Callable) -> Callable:
+        def initialize_from_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+            settings = _settings(self.vllm_config)
+            if settings is not None:
+                state = ENGINE_STATES.get(_key(self.vllm_config))
+                if state is None:
+                    state = EngineState(settings, self.vllm_config)
+                state.finish_start(self.vllm_config.compilation_config.static_forward_context)
+            return original(self, *args, **kwargs)
+
+        return initialize_from_config
+
+    def make_execute(original: Callable) -> Callable:
+        def execute_model(self: Any, *args: Any, **kwargs: Any) -> Any:
+            state = ENGINE_STATES.get(_key(self.vllm_config))
+            if state is not None:
+                state.serve()
+            return original(self, *args, **kwargs)
+
+        return execute_model
+
+    def make_shutdown(original: Callable) -> Callable:
+        def shutdown(self: Any, *args: Any, **kwargs: Any) -> Any:
+            vllm_config = getattr(self, "vllm_config", None)
+            state = ENGINE_STATES.pop(_key(vllm_config), None) if vllm_config is not None else None
+            if state is not None:
+                state.end()
+            return original(self, *args, **kwargs)
+
+        return shutdown
+
+    _wrap(MoERunner, "__init__", make_init)
+    _wrap(forward_context, "create_forward_context", make_create)
+    _wrap(WorkerWrapperBase, "initialize_from_config", make_initialize)
+    _wrap(WorkerWrapperBase, "execute_model", make_execute)
+    _wrap(WorkerWrapperBase, "shutdown", make_shutdown)
