@@ -1,0 +1,119 @@
+"""`SimilarityArtifact`: what is saved comes back, and what is wrong does not load."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from ops.model_digest import model_digest
+from ops.similarity import FORMAT_VERSION, SimilarityArtifact, SimilarityError
+
+
+def matrix(seed=0, num_experts=6):
+    values = torch.rand(num_experts, num_experts, generator=torch.Generator().manual_seed(seed))
+    return ((values + values.T) / 2).fill_diagonal_(1)
+
+
+def artifact(**changes):
+    matrices = {(layer, metric): matrix(layer) for layer in (0, 2) for metric in ("cosine", "cka")}
+    manifest = {"num_experts": 6, "layers": [0, 2], "metrics": ["cosine", "cka"], "model": {"name": "m", "digest": "ab" * 32}}
+    return SimilarityArtifact(matrices, {**manifest, **changes})
+
+
+def test_round_trip(tmp_path):
+    saved = artifact(data={"rows": 3})
+    path = saved.save(tmp_path / "deep" / "a.safetensors")
+    loaded = SimilarityArtifact.load(path)
+    assert loaded.manifest == {**saved.manifest, "format_version": FORMAT_VERSION}
+    assert loaded.layers == [0, 2] and loaded.metrics == ["cosine", "cka"]
+    assert torch.equal(loaded.matrix(2, "cka"), saved.matrix(2, "cka"))
+    assert [p.name for p in path.parent.iterdir()] == ["a.safetensors"], "nothing is left beside the file"
+
+
+def test_loads_from_a_folder(tmp_path):
+    artifact().save(tmp_path / "similarity.safetensors")
+    assert SimilarityArtifact.load(tmp_path).num_experts == 6
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (torch.rand(6, 5), r"must be float32 \[6, 6\]"),
+        (matrix(num_experts=7), r"must be float32 \[6, 6\]"),
+        (matrix().double(), "must be float32"),
+        (matrix().index_put((torch.tensor(1), torch.tensor(2)), torch.tensor(float("nan"))), "NaN"),
+        (matrix() * 2, r"outside \[0, 1\]"),
+        (matrix() - 0.9, r"outside \[0, 1\]"),
+        (matrix().index_put((torch.tensor(1), torch.tensor(2)), torch.tensor(0.001)), "not symmetric"),
+        (matrix().fill_diagonal_(0.5), "diagonal of 1"),
+        (torch.eye(6), "identity"),
+    ],
+)
+def test_wrong_matrix_is_refused_on_save_and_load(tmp_path, wrong, message):
+    bad = artifact()
+    bad.matrices[2, "cka"] = wrong
+    with pytest.raises(SimilarityError, match=f"cka matrix of layer 2.*{message}"):
+        bad.save(tmp_path / "a.safetensors")
+    assert not list(tmp_path.iterdir())
+    tensors = {f"layers.{layer}.{metric}": m.contiguous() for (layer, metric), m in bad.matrices.items()}
+    text = json.dumps({**bad.manifest, "format_version": FORMAT_VERSION})
+    save_file(tensors, tmp_path / "a.safetensors", metadata={"manifest": text})
+    with pytest.raises(SimilarityError, match=f"a.safetensors: the cka matrix of layer 2.*{message}"):
+        SimilarityArtifact.load(tmp_path / "a.safetensors")
+
+
+def test_missing_and_extra_matrices_are_refused(tmp_path):
+    missing = artifact()
+    del missing.matrices[0, "cka"]
+    with pytest.raises(SimilarityError, match="cka matrix of layer 0 is missing"):
+        missing.save(tmp_path / "a")
+    with pytest.raises(SimilarityError, match="not in the manifest"):
+        artifact(layers=[0]).save(tmp_path / "a")
+    with pytest.raises(SimilarityError, match="lacks 'model'"):
+        artifact(model={}).save(tmp_path / "a")
+
+
+def test_unknown_layer_and_metric_are_named():
+    with pytest.raises(SimilarityError, match=r"no matrix for layer 1: it has \[0, 2\]"):
+        artifact().matrix(1, "cka")
+    with pytest.raises(SimilarityError, match="no metric 'frobenius': it has cosine, cka"):
+        artifact().matrix(0, "frobenius")
+
+
+@pytest.mark.parametrize("content", [None, b"", b"not safetensors at all", b"\x00" * 64])
+def test_no_artifact_there(tmp_path, content):
+    path = tmp_path / "a.safetensors"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(SimilarityError, match="sere calibrate"):
+        SimilarityArtifact.load(path)
+
+
+def test_other_format_version_is_refused(tmp_path):
+    artifact().save(tmp_path / "a")
+    text = json.dumps({**artifact().manifest, "format_version": FORMAT_VERSION + 1})
+    save_file({"layers.0.cosine": matrix()}, tmp_path / "b", metadata={"manifest": text})
+    with pytest.raises(SimilarityError, match="format version 2"):
+        SimilarityArtifact.load(tmp_path / "b")
+
+
+def test_model_must_match():
+    artifact().check_model(num_experts=6, digest="ab" * 32)
+    artifact().check_model(num_experts=6, digest=None)
+    with pytest.raises(SimilarityError, match="6 experts per layer, the model has 8"):
+        artifact().check_model(num_experts=8, digest="ab" * 32)
+    with pytest.raises(SimilarityError, match="other weights"):
+        artifact().check_model(num_experts=6, digest="cd" * 32)
+
+
+def test_model_digest_sees_weights_but_not_the_folder(tmp_path):
+    def model(name, value):
+        (tmp_path / name).mkdir()
+        save_file({"w": torch.full((300, 300), value)}, tmp_path / name / "model.safetensors")
+        return model_digest(tmp_path / name)
+
+    assert model("a", 1.0) == model("b", 1.0) != model("c", 1.5)
+    (tmp_path / "empty").mkdir()
+    assert model_digest(tmp_path / "empty") is None
+    assert model_digest(str(tmp_path / "nowhere")) is None
