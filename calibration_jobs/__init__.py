@@ -1,0 +1,1 @@
+"""Makes similarity artifacts: captures expert outputs, accumulates similarity, records the result."""
