@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from conf.schema import ConfigError, RerouteConfig
-from ops.model_digest import model_digest
+from ops.digest import model_digest
 from ops.policies import POLICIES, LayerInfo, Policy
 from ops.similarity import SimilarityArtifact
 from ops.stats import CounterFile, count_step

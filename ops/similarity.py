@@ -12,12 +12,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from conf.schema import ConfigError
+
 FILE_NAME = "similarity.safetensors"
 FORMAT_VERSION = 1
 _TOLERANCE = 1e-4
 
 
-class SimilarityError(ValueError):
+class SimilarityError(ConfigError):
     """An artifact that cannot be used. The message says what is wrong with it and what to do."""
 
 
@@ -107,7 +109,7 @@ class SimilarityArtifact:
 
         Args:
             num_experts: The model's experts per layer.
-            digest: The model's `ops.model_digest.model_digest`, or None to compare only `num_experts`.
+            digest: The model's `ops.digest.model_digest`, or None to compare only `num_experts`.
 
         Raises:
             SimilarityError: if they do not match.

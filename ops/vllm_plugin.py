@@ -14,12 +14,16 @@ forward context, so torch.compile keeps it and several engines can live in one p
 """
 
 import functools
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from conf.schema import ConfigError
 from ops.engine_state import ENGINE_STATES, EngineState, LayerState
 
 _library = torch.library.Library("sere", "FRAGMENT")
@@ -68,6 +72,19 @@ def _key(vllm_config: Any) -> int:
     return id(vllm_config.compilation_config.static_forward_context)
 
 
+@contextmanager
+def _leave_reason(settings: dict[str, Any]) -> Iterator[None]:
+    """Write a refusal into `stats_dir`: from a worker process, vLLM passes on only that the engine did not start."""
+    try:
+        yield
+    except ConfigError as error:
+        if settings.get("stats_dir"):
+            folder = Path(settings["stats_dir"])
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{os.getpid()}.refused").write_text(str(error))
+        raise
+
+
 def _wrap(owner: Any, name: str, make: Callable[[Callable], Callable]) -> None:
     original = getattr(owner, name)
     if not hasattr(original, "sere_original"):
@@ -90,10 +107,11 @@ def register() -> None:
             settings = _settings(vllm_config)
             if settings is None:
                 return
-            state = ENGINE_STATES.get(_key(vllm_config))
-            if state is None:
-                state = ENGINE_STATES[_key(vllm_config)] = EngineState(settings, vllm_config)
-            layer = state.add_layer(self)
+            with _leave_reason(settings):
+                state = ENGINE_STATES.get(_key(vllm_config))
+                if state is None:
+                    state = ENGINE_STATES[_key(vllm_config)] = EngineState(settings, vllm_config)
+                layer = state.add_layer(self)
             object.__setattr__(self, _ATTRIBUTE, layer)
             self.router._compute_routing = _follow(self.router._compute_routing, self.layer_name)
 
@@ -111,10 +129,12 @@ def register() -> None:
         def initialize_from_config(self: Any, *args: Any, **kwargs: Any) -> Any:
             settings = _settings(self.vllm_config)
             if settings is not None:
-                state = ENGINE_STATES.get(_key(self.vllm_config))
-                if state is None:
-                    state = EngineState(settings, self.vllm_config)
-                state.finish_start(self.vllm_config.compilation_config.static_forward_context)
+                with _leave_reason(settings):
+                    state = ENGINE_STATES.get(_key(self.vllm_config))
+                    if state is None:
+                        # No MoE layer was made: let the settings speak first, then that.
+                        state = EngineState(settings, self.vllm_config)
+                    state.finish_start(self.vllm_config.compilation_config.static_forward_context)
             return original(self, *args, **kwargs)
 
         return initialize_from_config

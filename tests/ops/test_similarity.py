@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ops.model_digest import model_digest
+from ops.digest import model_digest
 from ops.similarity import FORMAT_VERSION, SimilarityArtifact, SimilarityError
 
 

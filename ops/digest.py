@@ -1,7 +1,8 @@
-"""`model_digest`: which weights a model has, cheaply. Ties a similarity artifact to the model it was computed from."""
+"""Cheap fingerprints of large files: which weights a model has, which files a dataset is."""
 
 import hashlib
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 _SAMPLES = 32
@@ -22,16 +23,11 @@ def resolve_model_folder(model: str | os.PathLike[str]) -> Path | None:
         return None
 
 
-def model_digest(model: str | os.PathLike[str]) -> str | None:
-    """SHA-256 over the safetensors files' names, sizes and samples of their bytes; None where there are none.
+def files_digest(files: Iterable[Path]) -> str:
+    """SHA-256 over the files' names, sizes and samples of their bytes (2 MiB a file, its beginning among them).
 
-    Samples (2 MiB a file, its header among them) rather than all bytes: a 60 GB model is told apart from a fine-tuned copy
-    in under a second.
+    Samples rather than all bytes: a 60 GB model is told apart from a fine-tuned copy in under a second.
     """
-    folder = resolve_model_folder(model)
-    files = sorted(folder.glob("*.safetensors")) if folder is not None else []
-    if not files:
-        return None
     digest = hashlib.sha256()
     for file in files:
         size = file.stat().st_size
@@ -41,3 +37,10 @@ def model_digest(model: str | os.PathLike[str]) -> str | None:
                 opened.seek(sample * size // _SAMPLES)
                 digest.update(opened.read(_SAMPLE_BYTES))
     return digest.hexdigest()
+
+
+def model_digest(model: str | os.PathLike[str]) -> str | None:
+    """`files_digest` of a model's safetensors files; None where there are none. Ties an artifact to its model."""
+    folder = resolve_model_folder(model)
+    files = sorted(folder.glob("*.safetensors")) if folder is not None else []
+    return files_digest(files) if files else None

@@ -1,0 +1,228 @@
+"""Runs, metrics, pictures, model versions and aliases: the only user of MLflow. `track` with an empty URI records nothing."""
+
+import dataclasses
+import json
+import os
+import subprocess
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from conf.schema import ConfigError, TrackingConfig
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+REGISTRY_SCHEME = "models:/"
+_MAX_PARAM_LENGTH = 500
+
+
+class NullTracker:
+    """Records nothing; the interface of every tracker."""
+
+    run_id: str | None = None
+
+    def log_config(self, config: Any) -> None:
+        """Record a resolved config (a dataclass): its leaves as params, and all of it as config.json."""
+
+    def log_params(self, params: Mapping[str, Any]) -> None:
+        """Record values known at the start."""
+
+    def log_metrics(self, metrics: Mapping[str, float], *, step: int = 0) -> None:
+        """Record numbers."""
+
+    def log_figure(self, figure: "Figure", path: str) -> None:
+        """Record a picture under `path` among the run's artifacts."""
+
+    def log_dataset(self, *, source: str, digest: str, num_rows: int, context: str) -> None:
+        """Record a dataset as an input of the run."""
+
+    def register_artifact(self, file: Path, *, name: str, alias: str, tags: Mapping[str, str]) -> str | None:
+        """Store a file as a new version of registered model `name`, give it `alias`, and return its version."""
+        return None
+
+
+class MlflowTracker(NullTracker):
+    """Records to the active MLflow run."""
+
+    def __init__(self, run_id: str) -> None:
+        self.run_id = run_id
+
+    def log_config(self, config: Any) -> None:
+        import mlflow
+
+        values = dataclasses.asdict(config)
+        mlflow.log_dict(values, "config.json")
+        self.log_params(dict(_leaves(values)))
+
+    def log_params(self, params: Mapping[str, Any]) -> None:
+        import mlflow
+
+        mlflow.log_params({key: str(value)[:_MAX_PARAM_LENGTH] for key, value in params.items()})
+
+    def log_metrics(self, metrics: Mapping[str, float], *, step: int = 0) -> None:
+        import mlflow
+
+        mlflow.log_metrics({key: float(value) for key, value in metrics.items()}, step=step)
+
+    def log_figure(self, figure: "Figure", path: str) -> None:
+        import mlflow
+
+        mlflow.log_figure(figure, path)
+
+    def log_dataset(self, *, source: str, digest: str, num_rows: int, context: str) -> None:
+        import mlflow
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        dataset = Dataset(
+            name=Path(source).name,
+            digest=digest[:12],
+            source_type="local",
+            source=json.dumps({"uri": source}),
+            profile=json.dumps({"num_rows": num_rows}),
+        )
+        tag = InputTag(key="mlflow.data.context", value=context)
+        mlflow.MlflowClient().log_inputs(self.run_id, datasets=[DatasetInput(dataset, [tag])])
+
+    def register_artifact(self, file: Path, *, name: str, alias: str, tags: Mapping[str, str]) -> str | None:
+        import mlflow
+        from mlflow.exceptions import MlflowException
+
+        mlflow.log_artifact(str(file), artifact_path="similarity")
+        client = mlflow.MlflowClient()
+        try:
+            client.create_registered_model(name)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        source = f"{mlflow.get_artifact_uri()}/similarity"
+        version = client.create_model_version(name, source, run_id=self.run_id, tags=dict(tags)).version
+        client.set_registered_model_alias(name, alias, version)
+        return str(version)
+
+
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _quiet() -> None:
+    # Git is looked up for a tag of the run; a missing one is no reason for a warning.
+    os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+
+
+def use_store(uri: str) -> None:
+    """Point MLflow to a store; an SQLite file's folder is made.
+
+    Raises:
+        ConfigError: if the store cannot be opened.
+    """
+    _quiet()
+    import mlflow
+
+    if uri.startswith("sqlite:///"):
+        Path(uri.removeprefix("sqlite:///")).absolute().parent.mkdir(parents=True, exist_ok=True)
+    mlflow.set_tracking_uri(uri)
+
+
+def use_experiment(config: TrackingConfig) -> str:
+    """Make the experiment if needed and return its id. With SQLite, artifacts go beside the database file."""
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    use_store(config.uri)
+    try:
+        experiment = mlflow.get_experiment_by_name(config.experiment)
+        if experiment is None:
+            location = None
+            if config.uri.startswith("sqlite:///"):
+                location = (Path(config.uri.removeprefix("sqlite:///")).absolute().parent / "mlartifacts").as_uri()
+            mlflow.create_experiment(config.experiment, artifact_location=location)
+        return mlflow.set_experiment(config.experiment).experiment_id
+    except MlflowException as error:
+        raise ConfigError(
+            f"MLflow store {config.uri!r} cannot be used ({str(error).splitlines()[0]}): check tracking.uri"
+        ) from error
+
+
+def source_commit() -> str:
+    """The commit this program runs from, with +changes if files differ from it; "unknown" outside a checkout."""
+    root = Path(__file__).resolve().parent
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
+        changes = subprocess.run(["git", "status", "--porcelain"], cwd=root, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return commit.stdout.strip() + ("+changes" if changes.stdout.strip() else "")
+
+
+@contextmanager
+def track(config: TrackingConfig, *, kind: str, default_name: str) -> Iterator[NullTracker]:
+    """A run that ends FINISHED, or FAILED if the block raises.
+
+    Args:
+        config: Where to record; an empty `uri` records nothing.
+        kind: Tag `sere.kind`: calibrate or generate.
+        default_name: Run name where the config has none.
+    """
+    if not config.uri:
+        yield NullTracker()
+        return
+    _quiet()
+    import mlflow
+
+    experiment_id = use_experiment(config)
+    tags = {"sere.kind": kind, "sere.commit": source_commit()}
+    with mlflow.start_run(experiment_id=experiment_id, run_name=config.run_name or default_name, tags=tags) as run:
+        yield MlflowTracker(run.info.run_id)
+
+
+def resolve_artifact(path_or_uri: str, *, tracking_uri: str, folder: Path) -> Path:
+    """The local path of an artifact given by path, or downloaded from the registry (`models:/NAME@ALIAS` or `/VERSION`).
+
+    Raises:
+        ConfigError: if the registry has no such version, or there is no registry.
+    """
+    if not path_or_uri.startswith(REGISTRY_SCHEME):
+        return Path(path_or_uri)
+    if not tracking_uri:
+        raise ConfigError(f"{path_or_uri} needs an MLflow store: set tracking.uri, or give a path")
+    use_store(tracking_uri)
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return Path(mlflow.artifacts.download_artifacts(artifact_uri=path_or_uri, dst_path=str(folder)))
+    except MlflowException as error:
+        raise ConfigError(
+            f"{path_or_uri} cannot be read from {tracking_uri} ({str(error).splitlines()[0]}): run `sere calibrate` with this "
+            "tracking.uri, or give a path"
+        ) from error
+
+
+def read_runs(uri: str, experiment: str) -> list[dict[str, Any]]:
+    """The finished generate runs of an experiment, oldest first: `run_id`, `name`, `params` and `metrics` each.
+
+    Raises:
+        ConfigError: if there is no such experiment.
+    """
+    use_store(uri)
+    import mlflow
+
+    found = mlflow.get_experiment_by_name(experiment)
+    if found is None:
+        names = ", ".join(e.name for e in mlflow.search_experiments()) or "none"
+        raise ConfigError(f"no experiment {experiment!r} in {uri} (there: {names}): name one, or set --uri")
+    runs = mlflow.search_runs(
+        [found.experiment_id],
+        filter_string="attributes.status = 'FINISHED' and tags.`sere.kind` = 'generate'",
+        order_by=["attributes.start_time ASC"],
+        output_format="list",
+    )
+    return [
+        {"run_id": r.info.run_id, "name": r.info.run_name, "params": r.data.params, "metrics": r.data.metrics} for r in runs
+    ]

@@ -1,0 +1,1 @@
+"""What users run: the `sere` command, generation over datasets, evaluation and comparison."""
