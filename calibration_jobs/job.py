@@ -28,7 +28,9 @@ def read_texts(config: CalibrateConfig) -> list[str]:
     import datasets
 
     path = Path(config.data)
-    files = sorted(str(f) for f in path.rglob("*") if f.suffix in _SUFFIXES) if path.is_dir() else sorted(glob.glob(config.data))
+    files = (
+        sorted(str(f) for f in path.rglob("*") if f.suffix in _SUFFIXES) if path.is_dir() else sorted(glob.glob(config.data))
+    )
     kinds = {_SUFFIXES.get(Path(file).suffix) for file in files}
     if not files or None in kinds or len(kinds) > 1:
         raise ConfigError(f"data must be parquet or JSONL files, found {files or 'none'} at {config.data}")
@@ -227,9 +229,7 @@ def calibrate(config: CalibrateConfig) -> tuple[Path, str | None]:
     with track(config.tracking, kind="calibrate", default_name="calibrate") as tracker:
         tracker.log_config(config)
         tracker.log_params({"model_digest": model_digest(config.model)})
-        tracker.log_dataset(
-            source=config.data, digest=data_digest(texts), num_rows=len(texts), context="calibration"
-        )
+        tracker.log_dataset(source=config.data, digest=data_digest(texts), num_rows=len(texts), context="calibration")
         artifact = _make_artifact(config, texts, _run_batches(config, texts))
         file = artifact.save(output)
         tracker.log_metrics({"num_tokens": artifact.manifest["num_tokens"], "num_sequences": len(texts)})

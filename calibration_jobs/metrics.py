@@ -41,9 +41,7 @@ class SimilarityMetric(ABC):
     def update(self, outputs: Tensor) -> None:
         """Add a minibatch: outputs of every expert for the same tokens, float `[num_experts, num_tokens, hidden_size]`."""
         if outputs.ndim != 3 or outputs.shape[0] != self.sums.shape[0]:
-            raise ValueError(
-                f"outputs must be [{self.sums.shape[0]}, num_tokens, hidden_size], got {list(outputs.shape)}"
-            )
+            raise ValueError(f"outputs must be [{self.sums.shape[0]}, num_tokens, hidden_size], got {list(outputs.shape)}")
         if outputs.shape[1]:
             self.sums += self._sum(outputs).cpu()
             self.num_tokens += outputs.shape[1]
@@ -122,9 +120,9 @@ class CkaMetric(SimilarityMetric):
             row_sums[:, start : start + block_rows] = rows.sum(-1, dtype=torch.float64)
             traces += _gram(rows)
         totals = row_sums.sum(1)
-        return (
-            traces + totals[:, None] * totals[None, :] / ((n - 1) * (n - 2)) - 2 / (n - 2) * (row_sums @ row_sums.T)
-        ) / (n * (n - 3))
+        return (traces + totals[:, None] * totals[None, :] / ((n - 1) * (n - 2)) - 2 / (n - 2) * (row_sums @ row_sums.T)) / (
+            n * (n - 3)
+        )
 
     def _similarity(self) -> Tensor:
         scale = self.sums.diagonal().clamp(min=0).sqrt()
@@ -138,9 +136,7 @@ METRIC_CLASSES: Mapping[str, type[SimilarityMetric]] = MappingProxyType(
 )
 
 
-def similarity_matrices(
-    outputs: Tensor, metrics: Iterable[str] = ("frobenius", "cosine", "cka")
-) -> dict[str, Tensor]:
+def similarity_matrices(outputs: Tensor, metrics: Iterable[str] = ("frobenius", "cosine", "cka")) -> dict[str, Tensor]:
     """Similarity of one layer's experts from all their outputs at once.
 
     Args:

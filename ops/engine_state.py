@@ -1,20 +1,18 @@
-"""What the plugin keeps for one engine worker: policies, roles, counters, and every reason to refuse to start.
-
-Everything that could make re-routing wrong or silently off is a ConfigError before the engine takes a request.
-"""
+"""What the plugin keeps for one engine worker: the policy of each layer, the rows' roles, and the counters."""
 
 import logging
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from conf.schema import ConfigError, RerouteConfig
 from ops.digest import model_digest
+from ops.engine_checks import find_attention_layer, refuse_engine_modes, refuse_monolithic, refuse_router
 from ops.policies import POLICIES, LayerInfo, Policy
 from ops.similarity import SimilarityArtifact
 from ops.stats import CounterFile, count_step
-from ops.token_roles import TokenRoles, fill_from_metadata, metadata_gives_roles
+from ops.token_roles import TokenRoles, fill_from_metadata
 
 logger = logging.getLogger("vllm.sere")
 
@@ -26,6 +24,9 @@ class LayerState:
         self.policy = policy
         self.roles = roles
         self.counters: Tensor | None = None
+        # Where nothing is re-routed, a kept slot is not critical: count as if every slot voted.
+        counts_all = policy.config.policy == "none"
+        self._voting_top_k = policy.layer.top_k if counts_all else policy.config.primary_top_k
 
     def route(self, topk_weights: Tensor, topk_ids: Tensor, router_logits: Tensor) -> tuple[Tensor, Tensor]:
         """Apply the policy to one step and count what it did. Shapes as in `Policy.route`."""
@@ -46,7 +47,7 @@ class LayerState:
                 roles=roles,
                 num_decode_rows=self.roles.num_decode_rows,
                 num_experts=self.policy.layer.num_experts,
-                primary_top_k=self.policy.config.primary_top_k,
+                primary_top_k=self._voting_top_k,
             )
         return weights, ids
 
@@ -66,7 +67,7 @@ class EngineState:
 
         self.config = RerouteConfig.from_dict(settings)
         self.device = torch.device(current_platform.device_type)
-        _refuse_engine_modes(vllm_config, self.config, self.device)
+        refuse_engine_modes(vllm_config, self.config, self.device)
         self._model = vllm_config.model_config.model
         self.artifact: SimilarityArtifact | None = None
         if POLICIES[self.config.policy].needs_similarity:
@@ -94,7 +95,7 @@ class EngineState:
         """
         index = runner.layer_id
         router = runner.router
-        _refuse_router(runner)
+        refuse_router(runner)
         if index in self.layers:
             raise ConfigError(
                 f"layer {index} has two MoE blocks ({runner.layer_name}): re-routing of such models is not supported, "
@@ -145,8 +146,8 @@ class EngineState:
             )
         for layer in static_layers.values():
             if hasattr(layer, "sere_layer"):
-                _refuse_monolithic(layer)
-        self._attention_layer = _find_attention_layer(static_layers)
+                refuse_monolithic(layer)
+        self._attention_layer = find_attention_layer(static_layers)
         if self._counters is None and self.layers:
             rank = get_tensor_model_parallel_rank()
             manifest = {"model": str(self._model), "reroute": self.config.to_dict()}
@@ -187,92 +188,3 @@ class EngineState:
 
 ENGINE_STATES: dict[int, EngineState] = {}
 """Live engines of this process, by the identity of their `static_forward_context`."""
-
-
-def _refuse_engine_modes(vllm_config: Any, config: RerouteConfig, device: torch.device) -> None:
-    """Refuse what contradicts re-routing, or hides from a worker which rows are decode rows."""
-    import vllm.envs as envs
-
-    parallel = vllm_config.parallel_config
-    refusals = [
-        (
-            envs.VLLM_BATCH_INVARIANT,
-            "batch-invariant mode (VLLM_BATCH_INVARIANT=1) promises that a sequence does not depend on its batch, "
-            "re-routing makes it depend: unset VLLM_BATCH_INVARIANT or remove `sere` from additional_config",
-        ),
-        (
-            parallel.data_parallel_size > 1,
-            f"data_parallel_size={parallel.data_parallel_size} mixes rows of several engines in one MoE layer, so their roles "
-            "cannot be known: run independent replicas instead (sere generate, engine.replicas)",
-        ),
-        (
-            getattr(parallel, "use_sequence_parallel_moe", False),
-            "sequence-parallel MoE gives each rank a slice of the rows, so their roles cannot be known: use tensor "
-            "parallelism without expert parallelism, or another all2all_backend",
-        ),
-        (
-            getattr(parallel, "prefill_context_parallel_size", 1) > 1,
-            "prefill context parallelism splits rows over ranks, so their roles cannot be known: set "
-            "prefill_context_parallel_size to 1",
-        ),
-        (
-            getattr(parallel, "use_ubatching", False) or getattr(parallel, "enable_dbo", False),
-            "dual batch overlap splits a step in microbatches, so its rows' roles cannot be known: set enable_dbo to false",
-        ),
-        (
-            device.type != "cpu" and config.policy in ("sere", "random"),
-            f"policy {config.policy!r} has no kernel for {device.type} in this version: run it on the CPU, or use policy "
-            "'none' or 'top_k'",
-        ),
-    ]
-    for applies, message in refusals:
-        if applies:
-            raise ConfigError(message)
-
-
-def _refuse_router(runner: Any) -> None:
-    """Refuse a layer whose routing does not pass through `_compute_routing` with one id per routed expert."""
-    router = runner.router
-    name = type(router).__name__
-    if not hasattr(router, "_compute_routing"):
-        raise ConfigError(f"{runner.layer_name} routes with {name}, which cannot be followed: remove `sere`")
-    if name == "ZeroExpertRouter":
-        raise ConfigError(f"{runner.layer_name} has zero-computation experts, which cannot be re-routed: remove `sere`")
-    if getattr(router, "num_fused_shared_experts", 0):
-        raise ConfigError(
-            f"{runner.layer_name} routes its shared experts together with the others: turn that fusion off "
-            "(VLLM_ROCM_USE_AITER_FUSION_SHARED_EXPERTS=0)"
-        )
-
-
-def _refuse_monolithic(runner: Any) -> None:
-    """Refuse a MoE backend that routes inside its kernel and never calls the router."""
-    if runner.is_monolithic:
-        method = runner.routed_experts.quant_method
-        kernel = getattr(method, "moe_kernel", None)
-        backend = type(getattr(kernel, "fused_experts", None) or method).__name__
-        raise ConfigError(
-            f"{runner.layer_name} runs on {backend}, which routes inside its kernel and would never be re-routed: choose "
-            "another MoE backend, for example moe_backend='triton' (vllm serve --moe-backend triton)"
-        )
-
-
-def _find_attention_layer(static_layers: dict[str, Any]) -> str:
-    """An attention layer whose metadata tells which rows are decode rows."""
-    seen = []
-    for name, layer in static_layers.items():
-        if not hasattr(layer, "get_attn_backend"):
-            continue
-        builder = layer.get_attn_backend().get_builder_cls()
-        for base in builder.__mro__:
-            for generic in getattr(base, "__orig_bases__", ()):
-                for metadata_class in get_args(generic):
-                    if isinstance(metadata_class, type):
-                        seen.append(metadata_class.__name__)
-                        if metadata_gives_roles(metadata_class):
-                            return name
-    raise ConfigError(
-        "no attention backend of this model says which rows are decode rows (metadata: "
-        f"{', '.join(sorted(set(seen))) or 'none'}): choose another attention backend, for example FLASH_ATTN, or remove "
-        "`sere` from additional_config"
-    )

@@ -51,9 +51,7 @@ class Policy(ABC):
         self.layer = layer
 
     @abstractmethod
-    def route(
-        self, topk_weights: Tensor, topk_ids: Tensor, router_logits: Tensor, roles: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def route(self, topk_weights: Tensor, topk_ids: Tensor, router_logits: Tensor, roles: Tensor) -> tuple[Tensor, Tensor]:
         """Change the routing of the decode rows.
 
         Args:
@@ -70,9 +68,7 @@ class Policy(ABC):
 class NonePolicy(Policy):
     """Changes nothing: the unmodified model, counted."""
 
-    def route(
-        self, topk_weights: Tensor, topk_ids: Tensor, router_logits: Tensor, roles: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def route(self, topk_weights: Tensor, topk_ids: Tensor, router_logits: Tensor, roles: Tensor) -> tuple[Tensor, Tensor]:
         return topk_weights, topk_ids
 
 
@@ -91,9 +87,7 @@ class SerePolicy(Policy):
         self.similarity = similarity.to(layer.device)
         self.threshold = config.threshold
 
-    def route(
-        self, topk_weights: Tensor, topk_ids: Tensor, router_logits: Tensor, roles: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def route(self, topk_weights: Tensor, topk_ids: Tensor, router_logits: Tensor, roles: Tensor) -> tuple[Tensor, Tensor]:
         new_ids = reroute_topk(
             topk_weights,
             topk_ids,
@@ -128,9 +122,7 @@ class TopKPolicy(Policy):
     makes no further expert active. Where the model renormalises, the kept weights are scaled to the sum of all.
     """
 
-    def route(
-        self, topk_weights: Tensor, topk_ids: Tensor, router_logits: Tensor, roles: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def route(self, topk_weights: Tensor, topk_ids: Tensor, router_logits: Tensor, roles: Tensor) -> tuple[Tensor, Tensor]:
         decode = (roles == DECODE).unsqueeze(1)
         kept = voting_slots(topk_weights, topk_ids, self.config.primary_top_k, None)
         used = topk_ids >= 0

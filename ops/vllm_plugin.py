@@ -40,9 +40,7 @@ def _route(topk_weights: Tensor, topk_ids: Tensor, router_logits: Tensor, layer_
     return weights.clone() if weights is topk_weights else weights, ids.clone() if ids is topk_ids else ids
 
 
-def _route_fake(
-    topk_weights: Tensor, topk_ids: Tensor, router_logits: Tensor, layer_name: str
-) -> tuple[Tensor, Tensor]:
+def _route_fake(topk_weights: Tensor, topk_ids: Tensor, router_logits: Tensor, layer_name: str) -> tuple[Tensor, Tensor]:
     return torch.empty_like(topk_weights), torch.empty_like(topk_ids)
 
 

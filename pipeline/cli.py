@@ -41,7 +41,8 @@ def _run(arguments: argparse.Namespace) -> None:
 
     from conf.schema import CalibrateConfig, GenerateConfig
 
-    console = Console()
+    # Where the output goes to a file, do not fold tables to 80 columns.
+    console = Console(width=None if sys.stdout.isatty() else 120)
     if arguments.command == "compare":
         from pipeline.report import compare
 
@@ -65,10 +66,7 @@ def _run(arguments: argparse.Namespace) -> None:
         if "exact_match" in metrics:
             line += f", exact match {metrics['exact_match']:.3f}"
         if "active_experts_after" in metrics:
-            line += (
-                f", active experts per step {metrics['active_experts_before']:.1f} -> "
-                f"{metrics['active_experts_after']:.1f}"
-            )
+            line += f", active experts per step {metrics['active_experts_before']:.1f} -> {metrics['active_experts_after']:.1f}"
         console.print(line, soft_wrap=True, highlight=False)
 
 

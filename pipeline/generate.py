@@ -69,9 +69,7 @@ def check_reroute(config: RerouteConfig, model: str, facts: ModelFacts) -> None:
         ConfigError, SimilarityError: as the engine would.
     """
     if config.policy != "none" and facts.top_k is not None and config.primary_top_k > facts.top_k:
-        raise ConfigError(
-            f"primary_top_k must be between 1 and the model's top_k ({facts.top_k}), got {config.primary_top_k}"
-        )
+        raise ConfigError(f"primary_top_k must be between 1 and the model's top_k ({facts.top_k}), got {config.primary_top_k}")
     if config.policy == "sere":
         from ops.digest import model_digest
         from ops.similarity import SimilarityArtifact
@@ -133,7 +131,12 @@ def start_ray(config: GenerateConfig) -> bool:
 
 
 def build_pipeline(
-    dataset: "ray.data.Dataset", config: GenerateConfig, facts: ModelFacts, reroute: RerouteConfig | None, *, on_gpu: bool
+    dataset: "ray.data.Dataset",
+    config: GenerateConfig,
+    facts: ModelFacts,
+    reroute: RerouteConfig | None,
+    *,
+    on_gpu: bool,
 ) -> "ray.data.Dataset":
     """Input rows to result rows, lazily: the input's columns, then `RESULT_SCHEMA` and `TIMING_SCHEMA`."""
     import functools
@@ -166,7 +169,9 @@ def build_pipeline(
         ),
     )
     packed = dataset.map_batches(
-        functools.partial(pack, prompt_column=config.prompt_column), batch_format="pyarrow", batch_size=config.batch_size
+        functools.partial(pack, prompt_column=config.prompt_column),
+        batch_format="pyarrow",
+        batch_size=config.batch_size,
     )
     return processor(packed).map_batches(functools.partial(unpack, input_schema=input_schema), batch_format="pyarrow")
 
@@ -180,7 +185,14 @@ def _refusal(stats_dir: str) -> ConfigError | None:
 
 @contextmanager
 def _progress(num_rows: int) -> Iterator[Any]:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     columns = (
         TextColumn("{task.description}"),
@@ -279,9 +291,7 @@ def generate(config: GenerateConfig) -> dict[str, float]:
         with track(config.tracking, kind="generate", default_name=name) as tracker:
             tracker.log_config(config)
             tracker.log_params({"model_digest": model_digest(config.model)})
-            tracker.log_dataset(
-                source=config.data, digest=files_digest(files), num_rows=num_rows, context="generation"
-            )
+            tracker.log_dataset(source=config.data, digest=files_digest(files), num_rows=num_rows, context="generation")
             results = build_pipeline(dataset, config, facts, reroute, on_gpu=on_gpu)
             try:
                 metrics = _consume(results, config, tracker, folder, num_rows)
@@ -295,5 +305,3 @@ def generate(config: GenerateConfig) -> dict[str, float]:
                 metrics |= _record_counters(tracker, reroute.stats_dir)
             tracker.log_metrics(metrics)
     return metrics
-
-

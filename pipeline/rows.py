@@ -37,7 +37,7 @@ def pack(table: pa.Table, *, prompt_column: str) -> pa.Table:
     problem = pc.if_else(
         pc.is_null(prompts),
         f"{prompt_column} is null",
-        pc.if_else(pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(pc.fill_null(prompts, ""))), 0), f"{prompt_column} is empty", ""),
+        pc.if_else(pc.equal(pc.fill_null(prompts, ""), ""), f"{prompt_column} is empty", ""),
     )
     row = pa.StructArray.from_arrays([column.combine_chunks() for column in table.columns], fields=list(table.schema))
     return pa.table({_ROW: row, "prompt": prompts, ENGINE_ERROR: problem})
@@ -54,7 +54,12 @@ def make_preprocess(sampling: SamplingConfig) -> Callable[[dict[str, Any]], dict
 
 
 def finish_reason(
-    generated_ids: Collection[int], *, num_prompt_tokens: int, max_tokens: int, max_model_len: int, stop_ids: Collection[int]
+    generated_ids: Collection[int],
+    *,
+    num_prompt_tokens: int,
+    max_tokens: int,
+    max_model_len: int,
+    stop_ids: Collection[int],
 ) -> str:
     """vLLM's finish reason, which ray.data.llm does not pass on: stop if the last token ends the text, else length."""
     at_limit = len(generated_ids) >= max_tokens or num_prompt_tokens + len(generated_ids) >= max_model_len
@@ -62,7 +67,9 @@ def finish_reason(
     return "stop" if ended or not at_limit else "length"
 
 
-def make_postprocess(*, max_tokens: int, max_model_len: int, stop_ids: Collection[int]) -> Callable[[dict[str, Any]], dict[str, Any]]:
+def make_postprocess(
+    *, max_tokens: int, max_model_len: int, stop_ids: Collection[int]
+) -> Callable[[dict[str, Any]], dict[str, Any]]:
     """The function that takes from an engine output what the result needs."""
 
     def postprocess(row: dict[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,9 @@ def outputs(num_experts=5, num_tokens=12, hidden_size=7, seed=0, dtype=torch.flo
 
 def direct_cosine(a, b):
     pairs = zip(a.tolist(), b.tolist(), strict=True)
-    return sum((sum(x * y for x, y in zip(u, v, strict=True)) / math.hypot(*u) / math.hypot(*v) + 1) / 2 for u, v in pairs) / len(a)
+    return sum(
+        (sum(x * y for x, y in zip(u, v, strict=True)) / math.hypot(*u) / math.hypot(*v) + 1) / 2 for u, v in pairs
+    ) / len(a)
 
 
 def direct_frobenius(a, b):
@@ -56,7 +58,12 @@ def direct(name, y):
 
 @pytest.mark.parametrize("name", sorted(METRIC_CLASSES))
 @settings(max_examples=25, deadline=None)
-@given(num_experts=st.integers(2, 6), num_tokens=st.integers(5, 20), hidden_size=st.integers(2, 9), seed=st.integers(0, 999))
+@given(
+    num_experts=st.integers(2, 6),
+    num_tokens=st.integers(5, 20),
+    hidden_size=st.integers(2, 9),
+    seed=st.integers(0, 999),
+)
 def test_equals_definition(name, num_experts, num_tokens, hidden_size, seed):
     y = outputs(num_experts, num_tokens, hidden_size, seed)
     torch.testing.assert_close(similarity_matrices(y, [name])[name], direct(name, y), atol=1e-4, rtol=0)

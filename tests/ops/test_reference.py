@@ -11,7 +11,12 @@ SIMILARITY = torch.tensor([[1.0, 0.9, 0.4, 0.1], [0.9, 1.0, 0.2, 0.2], [0.4, 0.2
 def reroute(weights, ids, *, primary_top_k=1, threshold=0.0, roles=None, similarity=SIMILARITY):
     roles = None if roles is None else torch.tensor(roles, dtype=torch.int8)
     result = reroute_reference(
-        torch.tensor(weights), torch.tensor(ids), similarity, primary_top_k=primary_top_k, threshold=threshold, roles=roles
+        torch.tensor(weights),
+        torch.tensor(ids),
+        similarity,
+        primary_top_k=primary_top_k,
+        threshold=threshold,
+        roles=roles,
     )
     return result.tolist()
 

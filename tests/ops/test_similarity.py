@@ -17,7 +17,12 @@ def matrix(seed=0, num_experts=6):
 
 def artifact(**changes):
     matrices = {(layer, metric): matrix(layer) for layer in (0, 2) for metric in ("cosine", "cka")}
-    manifest = {"num_experts": 6, "layers": [0, 2], "metrics": ["cosine", "cka"], "model": {"name": "m", "digest": "ab" * 32}}
+    manifest = {
+        "num_experts": 6,
+        "layers": [0, 2],
+        "metrics": ["cosine", "cka"],
+        "model": {"name": "m", "digest": "ab" * 32},
+    }
     return SimilarityArtifact(matrices, {**manifest, **changes})
 
 
