@@ -1,0 +1,43 @@
+"""Shared by all tests: the bundled model, an artifact for it, and a quiet environment."""
+
+import os
+from pathlib import Path
+
+# Before anything imports vLLM or Ray: engines in this process, so that tests can look inside; nothing leaves the machine.
+os.environ.update(
+    VLLM_ENABLE_V1_MULTIPROCESSING="0",
+    VLLM_NO_USAGE_STATS="1",
+    VLLM_LOGGING_LEVEL="WARNING",
+    RAY_USAGE_STATS_ENABLED="0",
+    MLFLOW_DISABLE_TELEMETRY="true",
+    HF_HUB_OFFLINE="1",
+)
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+DEMO_MODEL = ROOT / "assets" / "demo-moe"
+
+
+@pytest.fixture(scope="session")
+def demo_model() -> Path:
+    return DEMO_MODEL
+
+
+@pytest.fixture(scope="session")
+def demo_artifact(tmp_path_factory) -> Path:
+    """A valid artifact of the demo model with drawn matrices: re-routing to anything in them shows."""
+    import torch
+
+    from ops.digest import model_digest
+    from ops.similarity import SimilarityArtifact
+
+    generator = torch.Generator().manual_seed(0)
+    matrices = {}
+    for layer in range(4):
+        values = torch.rand(64, 64, generator=generator)
+        matrices[layer, "cosine"] = torch.maximum(values, values.T).fill_diagonal_(1)
+    model = {"name": "demo", "digest": model_digest(DEMO_MODEL)}
+    manifest = {"num_experts": 64, "layers": [0, 1, 2, 3], "metrics": ["cosine"], "model": model}
+    folder = tmp_path_factory.mktemp("artifact")
+    return SimilarityArtifact(matrices, manifest).save(folder / "similarity.safetensors")
