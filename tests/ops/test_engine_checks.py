@@ -1,0 +1,186 @@
+"""Every reason to refuse is an error at engine start, with the remedy in the message."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from conf.schema import ConfigError, RerouteConfig
+from ops.engine_checks import find_attention_layer, refuse_engine_modes, refuse_router
+from ops.similarity import SimilarityArtifact
+from tests.conftest import DEMO_MODEL
+from tests.ops.engines import engine
+
+
+def changed_artifact(path, source, *, manifest=None, drop_layer=None):
+    loaded = SimilarityArtifact.load(source)
+    values = {**loaded.manifest, **(manifest or {})}
+    matrices = dict(loaded.matrices)
+    if drop_layer is not None:
+        values["layers"] = [layer for layer in values["layers"] if layer != drop_layer]
+        matrices = {key: matrix for key, matrix in matrices.items() if key[0] != drop_layer}
+    return SimilarityArtifact(matrices, values).save(path)
+
+
+def start(settings, message, **arguments):
+    with pytest.raises(ConfigError, match=message), engine(settings, **arguments):
+        pass
+
+
+def test_settings(demo_artifact):
+    start({"policy": "sere"}, "needs similarity")
+    start({"policy": "random", "primary_top_k": 9}, r"between 1 and the model's top_k \(8\), got 9")
+    start({"policy": "random", "threshhold": 0.5}, "unknown key 'threshhold'.*did you mean 'threshold'")
+    start({"policy": "sere", "similarity": str(demo_artifact), "metric": "cka"}, "no metric 'cka': it has cosine")
+
+
+def test_artifacts(demo_artifact, tmp_path):
+    start({"similarity": str(tmp_path / "none")}, "no similarity artifact at")
+    missing = changed_artifact(tmp_path / "missing", demo_artifact, drop_layer=2)
+    start({"similarity": str(missing)}, r"no matrix for layer 2: it has \[0, 1, 3\]")
+    other = changed_artifact(tmp_path / "other", demo_artifact, manifest={"model": {"name": "another", "digest": "0" * 64}})
+    start({"similarity": str(other)}, "computed from other weights")
+    tensors = load_file(demo_artifact)
+    from safetensors import safe_open
+
+    with safe_open(demo_artifact, framework="pt") as opened:
+        metadata = opened.metadata()
+    tensors["layers.1.cosine"] = torch.eye(64)
+    save_file(tensors, tmp_path / "identity", metadata=metadata)
+    start({"similarity": str(tmp_path / "identity")}, "layer 1 is the identity")
+
+
+def test_other_weights_are_allowed_on_request(demo_artifact, tmp_path):
+    other = changed_artifact(tmp_path / "other", demo_artifact, manifest={"model": {"name": "another", "digest": "0" * 64}})
+    with engine({"similarity": str(other), "check_model": False}):
+        pass
+
+
+def test_reason_is_left_for_other_processes(tmp_path):
+    start({"policy": "random", "primary_top_k": 9, "stats_dir": str(tmp_path)}, "got 9")
+    assert ["got 9" in file.read_text() for file in tmp_path.glob("*.refused")] == [True]
+
+
+def test_batch_invariant_mode(monkeypatch):
+    """vLLM's CPU platform refuses the mode before any layer is made; on a GPU this check is the one that speaks."""
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    with pytest.raises(ConfigError, match="unset VLLM_BATCH_INVARIANT"):
+        refuse_engine_modes(fake_config(), RerouteConfig(policy="random"), torch.device("cpu"))
+
+
+def test_monolithic_backend(monkeypatch):
+    """No CPU backend is monolithic any more, so the property that vLLM itself asks is set."""
+    from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
+
+    monkeypatch.setattr(MoERunner, "is_monolithic", property(lambda self: True))
+    start({"policy": "random"}, "routes inside its kernel.*moe_backend='triton'")
+
+
+def test_model_without_moe_layers(tmp_path):
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    sizes = dict(vocab_size=258, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+    LlamaForCausalLM(LlamaConfig(**sizes, max_position_embeddings=256)).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(DEMO_MODEL).save_pretrained(tmp_path)
+    start({"policy": "random"}, "has no MoE layer that routes through", model=str(tmp_path))
+
+
+def fake_config(**parallel):
+    defaults = dict(
+        data_parallel_size=1,
+        use_sequence_parallel_moe=False,
+        prefill_context_parallel_size=1,
+        use_ubatching=False,
+        enable_dbo=False,
+    )
+    return SimpleNamespace(parallel_config=SimpleNamespace(**{**defaults, **parallel}))
+
+
+@pytest.mark.parametrize(
+    ("parallel", "message"),
+    [
+        (dict(data_parallel_size=2), "data_parallel_size=2.*engine.replicas"),
+        (dict(use_sequence_parallel_moe=True), "sequence-parallel MoE"),
+        (dict(prefill_context_parallel_size=2), "prefill_context_parallel_size to 1"),
+        (dict(enable_dbo=True), "enable_dbo to false"),
+    ],
+)
+def test_modes_that_hide_the_roles(parallel, message):
+    config = RerouteConfig(policy="random")
+    refuse_engine_modes(fake_config(), config, torch.device("cpu"))
+    with pytest.raises(ConfigError, match=message):
+        refuse_engine_modes(fake_config(**parallel), config, torch.device("cpu"))
+
+
+def test_names_of_the_modes_exist_in_vllm():
+    """A renamed field of vLLM's must not turn a refusal off."""
+    from vllm.config import ParallelConfig
+
+    names = {field.name for field in dataclasses.fields(ParallelConfig)}
+    assert {"data_parallel_size", "prefill_context_parallel_size", "enable_dbo"} <= names
+    assert isinstance(ParallelConfig.use_sequence_parallel_moe, property)
+
+
+def test_device_without_a_kernel():
+    for policy, refused in (("random", True), ("sere", True), ("none", False), ("top_k", False)):
+        config = RerouteConfig(policy=policy, similarity="x")
+        if refused:
+            with pytest.raises(ConfigError, match="no kernel for cuda"):
+                refuse_engine_modes(fake_config(), config, torch.device("cuda"))
+        else:
+            refuse_engine_modes(fake_config(), config, torch.device("cuda"))
+
+
+def test_routers_that_cannot_be_followed():
+    class ZeroExpertRouter:
+        def _compute_routing(self):
+            pass
+
+    fused = SimpleNamespace(_compute_routing=None, num_fused_shared_experts=1)
+    for router, message in (
+        (object(), "cannot be followed"),
+        (ZeroExpertRouter(), "zero-computation"),
+        (fused, "shared experts together"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            refuse_router(SimpleNamespace(router=router, layer_name="model.layers.0.mlp.experts"))
+
+
+def test_attention_backend_without_roles():
+    class Metadata:
+        slot_mapping: torch.Tensor
+
+    from vllm.v1.attention.backend import AttentionMetadataBuilder
+
+    class Builder(AttentionMetadataBuilder[Metadata]):
+        pass
+
+    layer = SimpleNamespace(get_attn_backend=lambda: SimpleNamespace(get_builder_cls=lambda: Builder))
+    with pytest.raises(ConfigError, match=r"metadata: Metadata.*another attention backend"):
+        find_attention_layer({"model.layers.0.self_attn": layer})
+
+
+def test_vllm_backends_give_roles():
+    """The backends of vLLM that this machine can import: each tells decode rows from prefill rows."""
+    import importlib
+
+    from ops.token_roles import metadata_gives_roles
+
+    backends = {
+        "vllm.v1.attention.backends.cpu_attn": "CPUAttentionMetadata",
+        "vllm.v1.attention.backends.flash_attn": "FlashAttentionMetadata",
+        "vllm.v1.attention.backends.triton_attn": "TritonAttentionMetadata",
+        "vllm.v1.attention.backends.flashinfer": "FlashInferMetadata",
+        "vllm.model_executor.layers.attention.mla_attention": "MLACommonMetadata",
+    }
+    checked = []
+    for module, name in backends.items():
+        try:
+            metadata = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError):
+            continue
+        assert metadata_gives_roles(metadata), name
+        checked.append(name)
+    assert "CPUAttentionMetadata" in checked
