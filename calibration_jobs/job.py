@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from calibration_jobs.models import make_empty_model, read_model_config
 from calibration_jobs.tracking import NullTracker, track
 from conf.schema import CalibrateConfig, ConfigError
 
@@ -26,6 +27,7 @@ def read_texts(config: CalibrateConfig) -> list[str]:
     import glob
 
     import datasets
+    import pyarrow as pa
 
     path = Path(config.data)
     files = (
@@ -35,9 +37,14 @@ def read_texts(config: CalibrateConfig) -> list[str]:
     if not files or None in kinds or len(kinds) > 1:
         raise ConfigError(f"data must be parquet or JSONL files, found {files or 'none'} at {config.data}")
     datasets.disable_progress_bars()
-    rows = datasets.load_dataset(kinds.pop(), data_files=files, split="train", streaming=True)
+    try:
+        stream = datasets.load_dataset(kinds.pop(), data_files=files, split="train", streaming=True)
+        rows = list(stream.take(config.num_sequences))
+    except (pa.ArrowException, datasets.exceptions.DatasetsError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"{config.data} cannot be read ({reason}): it is empty or damaged") from error
     texts = []
-    for number, row in enumerate(rows.take(config.num_sequences)):
+    for number, row in enumerate(rows):
         if config.text_column not in row:
             raise ConfigError(f"{config.data} has no column {config.text_column!r} (there: {', '.join(row)}): set text_column")
         if not isinstance(row[config.text_column], str) or not row[config.text_column]:
@@ -118,14 +125,6 @@ def _run_batches(config: CalibrateConfig, texts: list[str]) -> dict[tuple[int, s
                 else:
                     merged[key] = metric
         return merged
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, ConfigError):
-            raise error.cause from None
-        raise
-    except ray.exceptions.ActorDiedError as error:
-        if isinstance(error.__cause__, ConfigError):
-            raise error.__cause__ from None
-        raise
     finally:
         for worker in workers:
             ray.kill(worker)
@@ -215,14 +214,17 @@ def calibrate(config: CalibrateConfig) -> tuple[Path, str | None]:
     """
     import ray
 
-    from ops.digest import model_digest, resolve_model_folder
+    from calibration_jobs.capture import find_expert_modules
+    from ops.digest import model_digest
     from ops.similarity import FILE_NAME
 
     output = Path(config.output)
     if output.name != FILE_NAME:
         raise ConfigError(f"output must be a path ending in {FILE_NAME}, got {config.output}")
-    if resolve_model_folder(config.model) is None and not config.model.count("/") == 1:
-        raise ConfigError(f"model {config.model} is neither a folder nor a hub name (OWNER/NAME)")
+    trust = config.trust_remote_code
+    model_config = read_model_config(config.model, trust_remote_code=trust)
+    # Before any worker starts: is it a model whose experts can be captured?
+    find_expert_modules(make_empty_model(model_config, trust_remote_code=trust))
     texts = read_texts(config)
     if not ray.is_initialized():
         ray.init(include_dashboard=False, logging_level="warning")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import os
 import subprocess
 from collections.abc import Iterator, Mapping
@@ -113,6 +114,8 @@ def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 def _quiet() -> None:
     # Git is looked up for a tag of the run; a missing one is no reason for a warning.
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+    # Otherwise every new SQLite file announces its tables.
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
 
 
 def use_store(uri: str) -> None:

@@ -1,6 +1,7 @@
 """Datasets on their way in and out: reading, the checks of a whole dataset, and the result's files."""
 
 import glob
+import logging
 import os
 import shutil
 import uuid
@@ -62,6 +63,10 @@ def check_dataset(dataset: "ray.data.Dataset", config: GenerateConfig) -> int:
     import ray
 
     columns = [config.id_column, config.prompt_column]
+    # Ray Data logs a damaged file with two tracebacks; the error below says it in a line.
+    logger = logging.getLogger("ray.data")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
     try:
         schema = dataset.schema()
         names = schema.names if schema is not None else []
@@ -69,9 +74,12 @@ def check_dataset(dataset: "ray.data.Dataset", config: GenerateConfig) -> int:
             if names and column not in names:
                 raise ConfigError(f"{config.data} has no column {column!r} (there: {', '.join(names)}): set {key}")
         tables = [ray.get(ref) for ref in dataset.select_columns([config.id_column]).to_arrow_refs()] if names else []
+        tables = [table for table in tables if table.num_rows]
     except ray.exceptions.RayTaskError as error:
         reason = str(error.cause or error).strip().splitlines()[-1]
         raise ConfigError(f"{config.data} cannot be read ({reason}): mend the file") from error
+    finally:
+        logger.setLevel(level)
     ids = pa.chunked_array([chunk for table in tables for chunk in table[config.id_column].chunks]) if tables else []
     if len(ids) == 0:
         raise ConfigError(f"{config.data} has no rows")

@@ -1,0 +1,115 @@
+"""The main job on real engines, through the command line: calibrate, generate on two replicas, compare."""
+
+import json
+import os
+import subprocess
+import sys
+
+import mlflow
+import pyarrow.parquet as pq
+import pytest
+
+from tests.conftest import ROOT
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("end-to-end")
+
+
+def sere(*arguments):
+    environment = {k: v for k, v in os.environ.items() if k not in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_LOGGING_LEVEL")}
+    command = [sys.executable, "-m", "pipeline.cli", *arguments]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def calibrated(folder):
+    settings = [f"output={folder}/similarity.safetensors", "num_sequences=24", "num_workers=2"]
+    sere("calibrate", "conf/calibrate.yaml", *settings, f"tracking.uri=sqlite:///{folder}/ml.db")
+    return folder / "similarity.safetensors"
+
+
+@pytest.fixture(scope="module")
+def rows(folder):
+    """Evaluation prompts with extra columns, three of which cannot be answered."""
+    rows = pq.read_table(ROOT / "assets" / "evaluation.parquet").to_pylist()[:60]
+    for number, row in enumerate(rows):
+        row |= {"model": "a column ray.data.llm would misread", "number": number, "tags": ["x"] * (number % 3)}
+    rows[3]["prompt"], rows[10]["prompt"], rows[20]["prompt"] = None, "", "x" * 300
+    (folder / "data").mkdir()
+    for part in range(2):
+        lines = "\n".join(json.dumps(row) for row in rows[part::2])
+        (folder / "data" / f"{part}.jsonl").write_text(lines)
+    return rows[0::2] + rows[1::2]
+
+
+def generate(folder, name, *overrides):
+    settings = [f"data={folder}/data", f"output={folder}/{name}", f"tracking.uri=sqlite:///{folder}/ml.db"]
+    sere("generate", "conf/generate.yaml", *settings, "tracking.experiment=e", f"tracking.run_name={name}", *overrides)
+    return pq.read_table(folder / name)
+
+
+def runs(folder, experiment):
+    mlflow.set_tracking_uri(f"sqlite:///{folder}/ml.db")
+    try:
+        found = mlflow.search_runs(experiment_names=[experiment], output_format="list")
+        return {run.info.run_name: run for run in found}
+    finally:
+        mlflow.set_tracking_uri(None)
+
+
+def test_calibration_run(calibrated, folder):
+    from ops.similarity import SimilarityArtifact
+
+    artifact = SimilarityArtifact.load(calibrated)
+    assert artifact.layers == [0, 1, 2, 3] and artifact.metrics == ["frobenius", "cosine", "cka"]
+    assert artifact.manifest["num_tokens"] == 24 * 128
+    (run,) = runs(folder, "sere-calibration").values()
+    assert run.info.status == "FINISHED"
+    assert 0 < run.data.metrics["cka/off_diagonal_mean"] < 1
+    assert run.data.params["model_digest"] == artifact.manifest["model"]["digest"]
+    mlflow.set_tracking_uri(f"sqlite:///{folder}/ml.db")
+    try:
+        pictures = mlflow.artifacts.list_artifacts(run_id=run.info.run_id, artifact_path="heatmaps")
+        assert len(pictures) == 4
+        assert mlflow.MlflowClient().get_model_version_by_alias("sere-demo-moe", "candidate").version == "1"
+    finally:
+        mlflow.set_tracking_uri(None)
+
+
+def test_generation_and_comparison(calibrated, rows, folder):
+    settings = ["reroute.primary_top_k=2", f"reroute.stats_dir={folder}/stats", "engine.replicas=2", "batch_size=16"]
+    result = generate(folder, "sere", *settings)
+    assert [row["id"] for row in result.to_pylist()] == [row["id"] for row in rows], "every row, in order"
+    for expected, row in zip(rows, result.to_pylist(), strict=True):
+        assert {key: row[key] for key in expected} == expected, "the input's columns come back"
+        if not expected["prompt"] or len(expected["prompt"]) == 300:
+            assert row["error"] and row["generated_text"] is None and row["num_generated_tokens"] is None
+        else:
+            assert row["error"] is None and row["finish_reason"] in ("stop", "length")
+            assert row["num_prompt_tokens"] == len(row["prompt"]) and 0 < row["num_generated_tokens"] <= 48
+    messages = [row["error"] for row in result.to_pylist() if row["error"]]
+    assert sum("prompt is null" in m for m in messages) == sum("prompt is empty" in m for m in messages) == 1
+    assert any("maximum context length is 256" in m for m in messages)
+
+    generate(folder, "unmodified", "reroute.policy=none")
+    found = runs(folder, "e")
+    metrics = found["sere"].data.metrics
+    assert metrics["num_rows"] == 60 and metrics["num_errors"] == 3
+    assert metrics["generated_tokens"] == sum(row["num_generated_tokens"] or 0 for row in result.to_pylist())
+    assert 0 < metrics["active_experts_after"] < metrics["active_experts_before"] and metrics["rerouted_share"] > 0
+    assert metrics["tokens_per_s"] > 0 and 0 <= metrics["exact_match"] <= 1
+    assert found["sere"].inputs.dataset_inputs
+    # Counters add up over replicas: each token but the first of an answer was a decode row.
+    from ops.stats import read_counters
+
+    assert len(list((folder / "stats").glob("*.json"))) == 2, "one file per replica"
+    decoded = metrics["generated_tokens"] - (metrics["num_rows"] - metrics["num_errors"])
+    assert {layer.counts["decode_rows"] for layer in read_counters(folder / "stats")} == {decoded}
+
+    table = sere("compare", "e", "--uri", f"sqlite:///{folder}/ml.db", "--output", str(folder / "out"))
+    assert "unmodified" in table and "sere S=2, cosine rho=0" in table
+    assert (folder / "out" / "compare.csv").is_file() and (folder / "out" / "compare.png").is_file()
