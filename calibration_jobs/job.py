@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from calibration_jobs.cluster import start_ray
 from calibration_jobs.models import make_empty_model, read_model_config
 from calibration_jobs.tracking import NullTracker, track
 from conf.schema import CalibrateConfig, ConfigError
@@ -212,8 +213,6 @@ def calibrate(config: CalibrateConfig) -> tuple[Path, str | None]:
     Raises:
         ConfigError: if the model or the data cannot be used.
     """
-    import ray
-
     from calibration_jobs.capture import find_expert_modules
     from ops.digest import model_digest
     from ops.similarity import FILE_NAME
@@ -226,8 +225,7 @@ def calibrate(config: CalibrateConfig) -> tuple[Path, str | None]:
     # Before any worker starts: is it a model whose experts can be captured?
     find_expert_modules(make_empty_model(model_config, trust_remote_code=trust))
     texts = read_texts(config)
-    if not ray.is_initialized():
-        ray.init(include_dashboard=False, logging_level="warning")
+    start_ray(config.num_workers * config.num_cpus_per_worker)
     with track(config.tracking, kind="calibrate", default_name="calibrate") as tracker:
         tracker.log_config(config)
         tracker.log_params({"model_digest": model_digest(config.model)})

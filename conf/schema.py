@@ -208,7 +208,10 @@ class GenerateConfig:
     task_column: str = "task"
     """If the data has it, exact match is also recorded per task."""
     batch_size: int = 64
-    """Rows per Ray Data block sent to a replica; at least max_num_seqs keeps replicas full."""
+    """Rows sent to a replica at a time."""
+    concurrent_batches: int = 8
+    """Batches a replica works on at once. Times batch_size it should exceed max_num_seqs, so that a free place is taken at
+    once. 1 makes static batches: prompts are read together, then decoded together, and no step mixes the two."""
     num_rows: int | None = None
     """Only the first rows, for a trial; None: all."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
@@ -218,6 +221,6 @@ class GenerateConfig:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "batch_size")
+        _at_least(self, 1, "batch_size", "concurrent_batches")
         if self.num_rows is not None:
             _at_least(self, 1, "num_rows")

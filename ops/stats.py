@@ -31,6 +31,9 @@ COUNTERS = (
     "critical_slots",  # secondary slots of non-primary experts that kept their expert in rerouting steps
     "active_experts_before",  # distinct experts of all rows but padding, as the router chose them
     "active_experts_after",
+    "mixed_steps",  # of the steps, those that also had prefill rows, which make most experts active
+    "mixed_active_experts_before",
+    "mixed_active_experts_after",
 )
 _FLUSH_INTERVAL_S = 2.0
 
@@ -65,6 +68,9 @@ def count_step(
     primary = primary_experts(ids_before, votes, num_experts)
     kept = (changeable & ~changed).logical_and_(~primary[ids_before.clamp(min=0).long()])
     counted = num_decode_rows > 0
+    mixed = (roles != PADDING).sum() > num_decode_rows
+    active_before = primary_experts(ids_before, used, num_experts).sum()
+    active_after = primary_experts(ids_after, used & (ids_after >= 0), num_experts).sum()
     values = torch.stack(
         [
             counted,
@@ -73,8 +79,11 @@ def count_step(
             num_decode_rows * ids_before.shape[1],
             changed.sum(),
             kept.sum(),
-            primary_experts(ids_before, used, num_experts).sum(),
-            primary_experts(ids_after, used & (ids_after >= 0), num_experts).sum(),
+            active_before,
+            active_after,
+            mixed,
+            active_before * mixed,
+            active_after * mixed,
         ]
     )
     counters.add_(values * counted)
@@ -151,12 +160,17 @@ def summarize(layers: Iterable[LayerCounts]) -> dict[str, float]:
     if not layers:
         return {}
     total = {name: sum(layer.counts[name] for layer in layers) for name in COUNTERS}
+    decode_only = max(1, total["steps"] - total["mixed_steps"])
     return {
         "decode_steps": total["steps"] / len(layers),
         "rerouting_steps": total["rerouting_steps"] / len(layers),
         "decode_rows_per_step": total["decode_rows"] / total["steps"],
         "active_experts_before": total["active_experts_before"] / total["steps"],
         "active_experts_after": total["active_experts_after"] / total["steps"],
+        "mixed_step_share": total["mixed_steps"] / total["steps"],
+        "decode_only_active_experts_before": (total["active_experts_before"] - total["mixed_active_experts_before"])
+        / decode_only,
+        "decode_only_active_experts_after": (total["active_experts_after"] - total["mixed_active_experts_after"]) / decode_only,
         "rerouted_share": total["rerouted_slots"] / max(1, total["decode_slots"]),
         "critical_share": total["critical_slots"] / max(1, total["decode_slots"]),
     }

@@ -1,10 +1,9 @@
 """What has to be right before engines start: the model, the settings, the cluster; and the arguments engines get."""
 
-import logging
-import os
 from dataclasses import dataclass
 from typing import Any
 
+from calibration_jobs.cluster import start_ray
 from calibration_jobs.models import read_model_config
 from conf.schema import ConfigError, GenerateConfig, RerouteConfig
 
@@ -81,7 +80,7 @@ def engine_kwargs(config: GenerateConfig, reroute: RerouteConfig | None, *, on_g
     return arguments
 
 
-def start_ray(config: GenerateConfig) -> bool:
+def find_gpus(config: GenerateConfig) -> bool:
     """Join or start a Ray cluster; returns whether it has GPUs.
 
     Raises:
@@ -90,10 +89,7 @@ def start_ray(config: GenerateConfig) -> bool:
     import ray
 
     cpus = config.engine.replicas * config.engine.tensor_parallel_size * config.engine.cpus_per_replica
-    if not ray.is_initialized():
-        # Reading and writing need a core beside the replicas'; on one machine Ray may count more cores than there are.
-        local = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": max(os.cpu_count() or 1, int(cpus) + 1)}
-        ray.init(include_dashboard=False, logging_level=logging.WARNING, log_to_driver=False, **local)
+    start_ray(cpus)
     resources = ray.cluster_resources()
     gpus_wanted = config.engine.replicas * config.engine.tensor_parallel_size
     if resources.get("GPU", 0):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from calibration_jobs.tracking import NullTracker, resolve_artifact, track
 from conf.schema import ConfigError, GenerateConfig, RerouteConfig
 from pipeline.datasets import ResultFolder, check_dataset, find_files, read_dataset
-from pipeline.engines import ModelFacts, check_reroute, engine_kwargs, read_model_facts, start_ray
+from pipeline.engines import ModelFacts, check_reroute, engine_kwargs, find_gpus, read_model_facts
 from pipeline.evaluate import ExactMatch, Throughput
 from pipeline.rows import TIMING_SCHEMA, make_postprocess, make_preprocess, pack, unpack
 
@@ -45,8 +45,7 @@ def build_pipeline(
             engine_kwargs=engine_kwargs(config, reroute, on_gpu=on_gpu),
             concurrency=(config.engine.replicas, config.engine.replicas),
             batch_size=config.batch_size,
-            # Enough batches at once to keep the engine full while a batch waits for its slowest row.
-            max_concurrent_batches=max(8, -(-2 * config.engine.max_num_seqs // config.batch_size)),
+            max_concurrent_batches=config.concurrent_batches,
             accelerator_type=config.engine.accelerator_type,
             should_continue_on_error=True,
             log_engine_metrics=False,
@@ -56,15 +55,16 @@ def build_pipeline(
             **placement,
         ),
         preprocess=make_preprocess(config.sampling),
+        # Unlike its neighbours' resources, so that Ray Data does not fuse it with them and merge the batches again.
+        preprocess_map_kwargs={"num_cpus": 0.5},
         postprocess=make_postprocess(
             max_tokens=config.sampling.max_tokens, max_model_len=facts.context_length, stop_ids=facts.stop_ids
         ),
     )
+    # One block a batch: otherwise a replica that gets a file's only block gets the whole file.
     packed = dataset.map_batches(
-        functools.partial(pack, prompt_column=config.prompt_column),
-        batch_format="pyarrow",
-        batch_size=config.batch_size,
-    )
+        functools.partial(pack, prompt_column=config.prompt_column), batch_format="pyarrow"
+    ).repartition(target_num_rows_per_block=config.batch_size)
     return processor(packed).map_batches(functools.partial(unpack, input_schema=input_schema), batch_format="pyarrow")
 
 
@@ -173,7 +173,7 @@ def generate(config: GenerateConfig) -> dict[str, float]:
                 changes["similarity"] = str(local.absolute())
             reroute = dataclasses.replace(reroute, **changes)
             check_reroute(reroute, config.model, facts)
-        on_gpu = start_ray(config)
+        on_gpu = find_gpus(config)
         context = ray.data.DataContext.get_current()
         # Our own progress shows rows and tokens; Ray Data's shows operators.
         context.enable_progress_bars = False

@@ -1,13 +1,14 @@
 """`sere compare`: the generate runs of an MLflow experiment as a table, a CSV file and a picture."""
 
 import csv
+import dataclasses
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calibration_jobs.tracking import read_runs
-from conf.schema import ConfigError
+from conf.schema import ConfigError, RerouteConfig
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -24,6 +25,9 @@ _COLUMNS = (
     "tokens_per_s",
     "mean_generated_tokens",
     "decode_rows_per_step",
+    "mixed_step_share",
+    "decode_only_active_experts_before",
+    "decode_only_active_experts_after",
     "num_rows",
     "num_errors",
 )
@@ -48,7 +52,22 @@ def _is_baseline(row: Row) -> bool:
     return row.policy == "none"
 
 
-def _label(params: dict[str, str]) -> tuple[str, str]:
+# What makes two runs comparable, and their difference one of re-routing.
+_GROUP = (
+    "model",
+    "data",
+    "num_rows",
+    "engine.max_num_seqs",
+    "batch_size",
+    "concurrent_batches",
+    "sampling.max_tokens",
+    "sampling.temperature",
+)
+# Settings of which a label speaks only where they are not the default.
+_OPTIONAL = ("phase", "min_tokens", "max_tokens", "seed")
+
+
+def _label(params: dict[str, str], *, with_similarity: bool) -> tuple[str, str]:
     """A short name of a configuration, and its policy."""
     policy = params.get("reroute.policy", "none")
     if policy == "none":
@@ -56,33 +75,26 @@ def _label(params: dict[str, str]) -> tuple[str, str]:
     parts = [f"{policy} S={params['reroute.primary_top_k']}"]
     if policy == "sere":
         parts.append(f"{params['reroute.metric']} rho={float(params['reroute.threshold']):g}")
-    if policy == "random" and params["reroute.seed"] != "0":
-        parts.append(f"seed={params['reroute.seed']}")
-    if params["reroute.phase"] != "decode":
-        parts.append(f"phase={params['reroute.phase']}")
+        if with_similarity:
+            parts.append(params["reroute.similarity"])
+    for field in dataclasses.fields(RerouteConfig):
+        value = params.get(f"reroute.{field.name}", str(field.default))
+        if field.name in _OPTIONAL and value != str(field.default):
+            parts.append(f"{field.name}={value}")
     return ", ".join(parts), policy
 
 
 def rows_of(runs: list[dict[str, Any]]) -> list[Row]:
     """The latest run of each configuration, unmodified first, then in order of first appearance.
 
-    Runs that decode another model or data, or at another batch, are other configurations.
+    Runs that decode another model or data, or in other batches, are other configurations.
     """
+    used = {run["params"].get("reroute.similarity") for run in runs if run["params"].get("reroute.policy") == "sere"}
     latest: dict[tuple[Any, ...], Row] = {}
     for run in runs:
         params, metrics = run["params"], run["metrics"]
-        label, policy = _label(params)
-        group = tuple(
-            params.get(key, "")
-            for key in (
-                "model",
-                "data",
-                "num_rows",
-                "engine.max_num_seqs",
-                "sampling.max_tokens",
-                "sampling.temperature",
-            )
-        )
+        label, policy = _label(params, with_similarity=len(used) > 1)
+        group = tuple(params.get(key, "") for key in _GROUP)
         by_task = {k.removeprefix("exact_match/"): v for k, v in metrics.items() if k.startswith("exact_match/")}
         latest[(label, *group)] = Row(label, policy, group, run["run_id"], metrics, by_task)
     return sorted(latest.values(), key=lambda row: not _is_baseline(row))
@@ -99,7 +111,7 @@ def _difference(row: Row, baseline: Row | None, metric: str) -> float | None:
 
 
 def _batch(row: Row) -> str:
-    return row.group[3]
+    return row.group[_GROUP.index("engine.max_num_seqs")]
 
 
 def make_table(rows: list[Row], experiment: str) -> "Table":
@@ -118,6 +130,7 @@ def make_table(rows: list[Row], experiment: str) -> "Table":
         "exact match",
         "active\nbefore",
         "experts\nafter",
+        "mixed\nsteps",
         "re-\nrouted",
         "critical",
         "tokens/s",
@@ -145,6 +158,7 @@ def make_table(rows: list[Row], experiment: str) -> "Table":
             cell(row, "exact_match", ".3f", "+.3f"),
             cell(row, "active_experts_before", ".1f"),
             cell(row, "active_experts_after", ".1f", "+.1f"),
+            cell(row, "mixed_step_share", ".0%"),
             *shares,
             cell(row, "tokens_per_s", ".0f", "+.0f"),
             cell(row, "mean_generated_tokens", ".1f", "+.1f"),

@@ -20,7 +20,7 @@ CONFIGURATIONS = {
     "sere-s2": "reroute.policy=sere reroute.primary_top_k=2",
     "random-s2": "reroute.policy=random reroute.primary_top_k=2",
     "top_k-s2": "reroute.policy=top_k reroute.primary_top_k=2",
-    "sere-s4": "reroute.policy=sere reroute.primary_top_k=4",
+    "sere-s1": "reroute.policy=sere reroute.primary_top_k=1",
 }
 
 

@@ -60,6 +60,12 @@ def test_equals_plain_count(step: Step):
         active_experts_before=len(set(step.topk_ids[real].flatten().tolist()) - {-1}),
         active_experts_after=len(set(after[real].flatten().tolist()) - {-1}),
     )
+    mixed = int(real.sum()) > num_decode
+    expected |= dict(
+        mixed_steps=int(mixed),
+        mixed_active_experts_before=mixed * expected["active_experts_before"],
+        mixed_active_experts_after=mixed * expected["active_experts_after"],
+    )
     if num_decode == 0:
         expected = dict.fromkeys(COUNTERS, 0)
     assert (counters - 100).tolist() == [expected[name] for name in COUNTERS]
@@ -90,6 +96,7 @@ def test_counts_survive_a_killed_process(tmp_path):
 def test_summary_averages_over_steps_and_layers(tmp_path):
     counters = CounterFile(layers=[0, 1], device=torch.device("cpu"), folder=str(tmp_path), manifest={})
     rows = dict(steps=10, rerouting_steps=8, decode_rows=40, decode_slots=80, rerouted_slots=20, critical_slots=8)
+    rows |= dict(mixed_steps=2, mixed_active_experts_before=60, mixed_active_experts_after=30)
     for layer, (before, after) in enumerate([(100, 50), (200, 60)]):
         values = {**rows, "active_experts_before": before, "active_experts_after": after}
         counters.counts[layer] = torch.tensor([values[name] for name in COUNTERS])
@@ -101,6 +108,9 @@ def test_summary_averages_over_steps_and_layers(tmp_path):
             decode_rows_per_step=4,
             active_experts_before=15,
             active_experts_after=5.5,
+            mixed_step_share=0.2,
+            decode_only_active_experts_before=(300 - 120) / 16,
+            decode_only_active_experts_after=(110 - 60) / 16,
             rerouted_share=0.25,
             critical_share=0.1,
         )

@@ -8,8 +8,9 @@ import sys
 import mlflow
 import pyarrow.parquet as pq
 import pytest
+from transformers import AutoTokenizer
 
-from tests.conftest import ROOT
+from tests.conftest import DEMO_MODEL, ROOT
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +67,9 @@ def test_calibration_run(calibrated, folder):
 
     artifact = SimilarityArtifact.load(calibrated)
     assert artifact.layers == [0, 1, 2, 3] and artifact.metrics == ["frobenius", "cosine", "cka"]
-    assert artifact.manifest["num_tokens"] == 24 * 128
+    tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
+    texts = pq.read_table(ROOT / "assets" / "calibration.parquet")["text"].to_pylist()[:24]
+    assert artifact.manifest["num_tokens"] == sum(min(128, len(tokenizer(text).input_ids)) for text in texts)
     (run,) = runs(folder, "sere-calibration").values()
     assert run.info.status == "FINISHED"
     assert 0 < run.data.metrics["cka/off_diagonal_mean"] < 1

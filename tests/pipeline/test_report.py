@@ -70,3 +70,11 @@ def test_nothing_to_compare(store, tmp_path):
         pass
     with pytest.raises(ConfigError, match="no finished run"):
         show(store, tmp_path)
+
+
+def test_every_setting_that_differs_is_a_configuration_of_its_own(store, tmp_path):
+    metrics = {"exact_match": 0.8, "active_experts_after": 20.0}
+    for similarity, min_tokens in (("a", 4), ("a", 8), ("b", 4)):
+        record(store, RerouteConfig(policy="sere", similarity=similarity, min_tokens=min_tokens), metrics)
+    rows, _ = show(store, tmp_path)
+    assert [row.label.split("rho=0.5, ")[1] for row in rows] == ["a", "a, min_tokens=8", "b"]
