@@ -13,6 +13,8 @@ def start_ray(num_cpus: float) -> None:
     """
     import ray
 
+    # ray.data.llm starts Ray once more and is told, at length, that it runs.
+    logging.getLogger("ray").setLevel(logging.ERROR)
     if not ray.is_initialized():
         local = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": max(os.cpu_count() or 1, int(num_cpus) + 1)}
         # Workers' own output stays in their log files (under /tmp/ray); the jobs print progress and errors.

@@ -11,6 +11,7 @@ _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "VLLM_LOGGING_LEVEL": "WARNING",
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "TRANSFORMERS_VERBOSITY": "error",
 }
 EXIT_USER_ERROR = 2
@@ -42,7 +43,7 @@ def _run(arguments: argparse.Namespace) -> None:
     from conf.schema import CalibrateConfig, GenerateConfig
 
     # Where the output goes to a file, do not fold tables to 80 columns.
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = Console(width=None if sys.stdout.isatty() else 140)
     if arguments.command == "compare":
         from pipeline.report import compare
 

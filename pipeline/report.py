@@ -208,26 +208,22 @@ def make_figure(rows: list[Row]) -> "Figure | None":
     points = [row for row in rows if "exact_match" in row.metrics and "active_experts_after" in row.metrics]
     if not points:
         return None
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     markers = {"none": "*", "sere": "o", "random": "s", "top_k": "^"}
-    for policy in dict.fromkeys(row.policy for row in points):
-        chosen = [row for row in points if row.policy == policy]
+    for row in points:
         axes.scatter(
-            [row.metrics["active_experts_after"] for row in chosen],
-            [row.metrics["exact_match"] for row in chosen],
-            marker=markers.get(policy, "x"),
-            s=90 if policy == "none" else 50,
-            label="unmodified" if policy == "none" else policy,
+            row.metrics["active_experts_after"],
+            row.metrics["exact_match"],
+            marker=markers.get(row.policy, "x"),
+            s=140 if _is_baseline(row) else 70,
+            label=row.label,
         )
-        for row in chosen:
-            place = (row.metrics["active_experts_after"], row.metrics["exact_match"])
-            axes.annotate(row.label, place, textcoords="offset points", xytext=(6, 4), fontsize=8)
-    axes.set(xlabel="active experts per decode step and layer", ylabel="exact match", ylim=(0, 1.05))
+    axes.set(xlabel="active experts per decode step and layer", ylabel="exact match")
     axes.set_title(f"decode batch {', '.join(sorted({_batch(row) for row in points}))}")
-    axes.margins(x=0.15)
+    axes.margins(0.1)
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower right")
+    figure.legend(loc="outside right upper", fontsize=8)
     return figure
 
 
