@@ -78,7 +78,8 @@ def test_calibration_run(calibrated, folder):
     try:
         pictures = mlflow.artifacts.list_artifacts(run_id=run.info.run_id, artifact_path="heatmaps")
         assert len(pictures) == 4
-        assert mlflow.MlflowClient().get_model_version_by_alias("sere-demo-moe", "candidate").version == "1"
+        version = mlflow.MlflowClient().get_model_version_by_alias("sere-demo-moe", "candidate").version
+        assert str(version) == "1"
     finally:
         mlflow.set_tracking_uri(None)
 
