@@ -67,15 +67,26 @@ def refuse_router(runner: Any) -> None:
         )
 
 
+def self_selecting_experts(runner: Any) -> Any | None:
+    """The experts object of a monolithic backend that selects experts in a Python method, which can be followed like a router.
+
+    vLLM's CPU backend for unquantised experts was of that kind before 0.30.
+    """
+    kernel = getattr(runner.routed_experts.quant_method, "moe_kernel", None)
+    experts = getattr(kernel, "fused_experts", None)
+    return experts if runner.is_monolithic and hasattr(experts, "_select_experts") else None
+
+
 def refuse_monolithic(runner: Any) -> None:
     """Refuse a MoE backend that routes inside its kernel and never calls the router."""
-    if runner.is_monolithic:
+    if runner.is_monolithic and self_selecting_experts(runner) is None:
         method = runner.routed_experts.quant_method
         kernel = getattr(method, "moe_kernel", None)
         backend = type(getattr(kernel, "fused_experts", None) or method).__name__
         raise ConfigError(
             f"{runner.layer_name} runs on {backend}, which routes inside its kernel and would never be re-routed: choose "
-            "another MoE backend, for example moe_backend='triton' (vllm serve --moe-backend triton)"
+            "another MoE backend, for example moe_backend='triton' (vllm serve --moe-backend triton); on the CPU, vLLM 0.30 "
+            "or newer"
         )
 
 

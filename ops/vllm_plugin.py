@@ -1,9 +1,10 @@
 """The vLLM plugin: re-routes the MoE layers of an engine whose `additional_config` has a `sere` section.
 
-vLLM calls `register` in every process (entry point group `vllm.general_plugins`). It wraps four functions of vLLM, each of
+vLLM calls `register` in every process (entry point group `vllm.general_plugins`). It wraps a few functions of vLLM, each of
 which does nothing more than before unless the engine's configuration asks for re-routing:
 
     MoERunner.__init__                         a policy per layer; the layer's router is followed by `sere::route`
+    BaseModelLoader.load_model                 the same for experts that select themselves (vLLM's CPU backend before 0.30)
     forward_context.create_forward_context     the rows' roles, once per step
     WorkerWrapperBase.initialize_from_config   the last checks before the engine is up
     WorkerWrapperBase.execute_model, shutdown  counters start at the first real step and are flushed
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor
 
 from conf.schema import ConfigError
+from ops.engine_checks import self_selecting_experts
 from ops.engine_state import ENGINE_STATES, EngineState, LayerState
 
 _library = torch.library.Library("sere", "FRAGMENT")
@@ -96,6 +98,7 @@ def register() -> None:
     from vllm import forward_context
     from vllm.config import get_current_vllm_config
     from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
+    from vllm.model_executor.model_loader.base_loader import BaseModelLoader
     from vllm.v1.worker.worker_base import WorkerWrapperBase
 
     def make_init(original: Callable) -> Callable:
@@ -114,6 +117,18 @@ def register() -> None:
             self.router._compute_routing = _follow(self.router._compute_routing, self.layer_name)
 
         return init
+
+    def make_load(original: Callable) -> Callable:
+        def load_model(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
+            model = original(self, vllm_config, *args, **kwargs)
+            if _settings(vllm_config) is not None:
+                for runner in vllm_config.compilation_config.static_forward_context.values():
+                    experts = self_selecting_experts(runner) if hasattr(runner, _ATTRIBUTE) else None
+                    if experts is not None and not hasattr(experts._select_experts, "__wrapped__"):
+                        experts._select_experts = _follow(experts._select_experts, runner.layer_name)
+            return model
+
+        return load_model
 
     def make_create(original: Callable) -> Callable:
         def create_forward_context(attn_metadata: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
@@ -157,6 +172,7 @@ def register() -> None:
         return shutdown
 
     _wrap(MoERunner, "__init__", make_init)
+    _wrap(BaseModelLoader, "load_model", make_load)
     _wrap(forward_context, "create_forward_context", make_create)
     _wrap(WorkerWrapperBase, "initialize_from_config", make_initialize)
     _wrap(WorkerWrapperBase, "execute_model", make_execute)

@@ -58,6 +58,24 @@ class Recording:
         layer.route = route
 
     def _record_experts(self, index, routed_experts) -> None:
+        experts = routed_experts.quant_method.moe_kernel.fused_experts
+        if routed_experts.quant_method.is_monolithic:
+            # vLLM's CPU backend before 0.30: the ids go straight to the kernel.
+            apply, module = experts.apply, sys.modules[type(experts).__module__]
+            kernel = getattr(module.cpu_fused_moe, "original", module.cpu_fused_moe)
+
+            def recorded(*args, **kwargs):
+                self.at_experts.append((index, args[6].clone()))
+                return kernel(*args, **kwargs)
+
+            recorded.original = kernel
+
+            def apply_recorded(*args, **kwargs):
+                module.cpu_fused_moe = recorded
+                return apply(*args, **kwargs)
+
+            experts.apply = apply_recorded
+            return
         original = routed_experts.forward_modular
 
         def forward_modular(*args, **kwargs):
