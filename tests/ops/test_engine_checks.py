@@ -88,7 +88,9 @@ def test_model_without_moe_layers(tmp_path):
     start({"policy": "random"}, "has no MoE layer that routes through", model=str(tmp_path))
 
 
-def fake_config(**parallel):
+def fake_config(*, use_v2_model_runner=False, cudagraph_mode="FULL_AND_PIECEWISE", **parallel):
+    from vllm.config import CUDAGraphMode
+
     defaults = dict(
         data_parallel_size=1,
         use_sequence_parallel_moe=False,
@@ -96,7 +98,11 @@ def fake_config(**parallel):
         use_ubatching=False,
         enable_dbo=False,
     )
-    return SimpleNamespace(parallel_config=SimpleNamespace(**{**defaults, **parallel}))
+    return SimpleNamespace(
+        parallel_config=SimpleNamespace(**{**defaults, **parallel}),
+        compilation_config=SimpleNamespace(cudagraph_mode=CUDAGraphMode[cudagraph_mode]),
+        use_v2_model_runner=use_v2_model_runner,
+    )
 
 
 @pytest.mark.parametrize(
@@ -106,6 +112,7 @@ def fake_config(**parallel):
         (dict(use_sequence_parallel_moe=True), "sequence-parallel MoE"),
         (dict(prefill_context_parallel_size=2), "prefill_context_parallel_size to 1"),
         (dict(enable_dbo=True), "enable_dbo to false"),
+        (dict(use_v2_model_runner=True), "VLLM_USE_V2_MODEL_RUNNER=0"),
     ],
 )
 def test_modes_that_hide_the_roles(parallel, message):
@@ -115,13 +122,21 @@ def test_modes_that_hide_the_roles(parallel, message):
         refuse_engine_modes(fake_config(**parallel), config, torch.device("cpu"))
 
 
+@pytest.mark.parametrize("mode", ["NONE", "PIECEWISE"])
+def test_v2_runner_without_full_graphs_is_fine(mode):
+    settings = fake_config(use_v2_model_runner=True, cudagraph_mode=mode)
+    refuse_engine_modes(settings, RerouteConfig(policy="random"), torch.device("cpu"))
+
+
 def test_names_of_the_modes_exist_in_vllm():
     """A renamed field of vLLM's must not turn a refusal off."""
-    from vllm.config import ParallelConfig
+    from vllm.config import CUDAGraphMode, ParallelConfig, VllmConfig
 
     names = {field.name for field in dataclasses.fields(ParallelConfig)}
     assert {"data_parallel_size", "prefill_context_parallel_size", "enable_dbo"} <= names
     assert isinstance(ParallelConfig.use_sequence_parallel_moe, property)
+    assert isinstance(VllmConfig.use_v2_model_runner, property)
+    assert {"FULL", "FULL_DECODE_ONLY", "FULL_AND_PIECEWISE"} <= set(CUDAGraphMode.__members__)
 
 
 def test_device_without_a_kernel():
