@@ -9,51 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calibration_jobs.cluster import start_ray
+from calibration_jobs.inputs import data_digest, read_texts
 from calibration_jobs.models import make_empty_model, read_model_config
 from calibration_jobs.tracking import NullTracker, track
 from conf.schema import CalibrateConfig, ConfigError
 
 if TYPE_CHECKING:
     from ops.similarity import SimilarityArtifact
-
-_SUFFIXES = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".ndjson": "json"}
-
-
-def read_texts(config: CalibrateConfig) -> list[str]:
-    """The first `num_sequences` texts, in order.
-
-    Raises:
-        ConfigError: if there is no such file or column, no rows, or a row without text.
-    """
-    import glob
-
-    import datasets
-    import pyarrow as pa
-
-    path = Path(config.data)
-    files = (
-        sorted(str(f) for f in path.rglob("*") if f.suffix in _SUFFIXES) if path.is_dir() else sorted(glob.glob(config.data))
-    )
-    kinds = {_SUFFIXES.get(Path(file).suffix) for file in files}
-    if not files or None in kinds or len(kinds) > 1:
-        raise ConfigError(f"data must be parquet or JSONL files, found {files or 'none'} at {config.data}")
-    datasets.disable_progress_bars()
-    try:
-        stream = datasets.load_dataset(kinds.pop(), data_files=files, split="train", streaming=True)
-        rows = list(stream.take(config.num_sequences))
-    except (pa.ArrowException, datasets.exceptions.DatasetsError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"{config.data} cannot be read ({reason}): it is empty or damaged") from error
-    texts = []
-    for number, row in enumerate(rows):
-        if config.text_column not in row:
-            raise ConfigError(f"{config.data} has no column {config.text_column!r} (there: {', '.join(row)}): set text_column")
-        if not isinstance(row[config.text_column], str) or not row[config.text_column]:
-            raise ConfigError(f"{config.data}: row {number} has no text in {config.text_column!r}: remove or mend it")
-        texts.append(row[config.text_column])
-    if not texts:
-        raise ConfigError(f"{config.data} has no rows")
-    return texts
 
 
 class CalibrationWorker:
@@ -156,14 +118,6 @@ def _make_artifact(config: CalibrateConfig, texts: list[str], sums: dict[tuple[i
         },
     }
     return SimilarityArtifact({key: metric.finalize() for key, metric in sums.items()}, manifest)
-
-
-def data_digest(texts: list[str]) -> str:
-    """SHA-256 of the texts, in order."""
-    digest = hashlib.sha256()
-    for text in texts:
-        digest.update(hashlib.sha256(text.encode()).digest())
-    return digest.hexdigest()
 
 
 def _off_diagonal(matrix: Any) -> Any:

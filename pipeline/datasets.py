@@ -1,6 +1,5 @@
 """Datasets on their way in and out: reading, the checks of a whole dataset, and the result's files."""
 
-import glob
 import logging
 import os
 import shutil
@@ -12,32 +11,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from calibration_jobs.inputs import find_files
 from conf.schema import ConfigError, GenerateConfig
 from pipeline.rows import RESULT_SCHEMA
 
 if TYPE_CHECKING:
     import ray.data
-
-_SUFFIXES = {".parquet": "parquet", ".jsonl": "json", ".ndjson": "json", ".json": "json"}
-
-
-def find_files(data: str) -> tuple[str, list[Path]]:
-    """The files behind a path, folder or glob, and their kind: parquet or json (one object a line).
-
-    Raises:
-        ConfigError: if there are none, or of several kinds.
-    """
-    path = Path(data)
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix in _SUFFIXES)
-    else:
-        files = sorted(Path(file) for file in glob.glob(data, recursive=True))
-    if not files:
-        raise ConfigError(f"no data at {data}: give a parquet or JSONL file, a folder of them, or a glob")
-    kinds = {_SUFFIXES.get(file.suffix, file.suffix or "no suffix") for file in files}
-    if len(kinds) > 1 or not kinds <= {"parquet", "json"}:
-        raise ConfigError(f"data must be all parquet or all JSONL, {data} has {', '.join(sorted(kinds))}")
-    return kinds.pop(), files
 
 
 def read_dataset(config: GenerateConfig) -> "ray.data.Dataset":

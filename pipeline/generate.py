@@ -10,9 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from calibration_jobs.inputs import find_files
 from calibration_jobs.tracking import NullTracker, resolve_artifact, track
 from conf.schema import ConfigError, GenerateConfig, RerouteConfig
-from pipeline.datasets import ResultFolder, check_dataset, find_files, read_dataset
+from pipeline.datasets import ResultFolder, check_dataset, read_dataset
 from pipeline.engines import ModelFacts, check_reroute, engine_kwargs, find_gpus, read_model_facts
 from pipeline.evaluate import ExactMatch, Throughput
 from pipeline.rows import TIMING_SCHEMA, make_postprocess, make_preprocess, pack, unpack

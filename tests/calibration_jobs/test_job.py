@@ -7,7 +7,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from calibration_jobs.job import CalibrationWorker, data_digest, read_texts
+from calibration_jobs.inputs import data_digest, read_texts
+from calibration_jobs.job import CalibrationWorker
 from conf.schema import CalibrateConfig, ConfigError, TrackingConfig
 
 TEXTS = [f"text {i} " + "abc def " * (i % 4) for i in range(12)]
@@ -35,10 +36,10 @@ def test_reads_the_first_rows(data):
 
 
 def test_input_errors(tmp_path):
-    with pytest.raises(ConfigError, match="found none"):
+    with pytest.raises(ConfigError, match="no data at"):
         read_texts(config(tmp_path / "none.parquet"))
     (tmp_path / "a.csv").write_text("x")
-    with pytest.raises(ConfigError, match="parquet or JSONL"):
+    with pytest.raises(ConfigError, match="all parquet or all JSONL"):
         read_texts(config(tmp_path / "a.csv"))
     pq.write_table(pa.table({"text": ["a", None]}), tmp_path / "null.parquet")
     with pytest.raises(ConfigError, match="row 1 has no text"):
