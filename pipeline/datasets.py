@@ -1,6 +1,5 @@
 """Datasets on their way in and out: reading, the checks of a whole dataset, and the result's files."""
 
-import logging
 import os
 import shutil
 import uuid
@@ -42,10 +41,6 @@ def check_dataset(dataset: "ray.data.Dataset", config: GenerateConfig) -> int:
     import ray
 
     columns = [config.id_column, config.prompt_column]
-    # Ray Data logs a damaged file with two tracebacks; the error below says it in a line.
-    logger = logging.getLogger("ray.data")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
     try:
         schema = dataset.schema()
         names = schema.names if schema is not None else []
@@ -57,8 +52,6 @@ def check_dataset(dataset: "ray.data.Dataset", config: GenerateConfig) -> int:
     except ray.exceptions.RayTaskError as error:
         reason = str(error.cause or error).strip().splitlines()[-1]
         raise ConfigError(f"{config.data} cannot be read ({reason}): mend the file") from error
-    finally:
-        logger.setLevel(level)
     ids = pa.chunked_array([chunk for table in tables for chunk in table[config.id_column].chunks]) if tables else []
     if len(ids) == 0:
         raise ConfigError(f"{config.data} has no rows")

@@ -178,7 +178,8 @@ def generate(config: GenerateConfig) -> dict[str, float]:
         context = ray.data.DataContext.get_current()
         # Our own progress shows rows and tokens; Ray Data's shows operators.
         context.enable_progress_bars = False
-        logging.getLogger("ray.data").setLevel(logging.ERROR)
+        # It also logs every failure with several tracebacks, before the exception that is handled here.
+        logging.getLogger("ray.data").setLevel(logging.CRITICAL)
         context.execution_options.preserve_order = True
         dataset = read_dataset(config)
         num_rows = check_dataset(dataset, config)

@@ -18,12 +18,12 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("end-to-end")
 
 
-def sere(*arguments):
+def sere(*arguments, status=0):
     environment = {k: v for k, v in os.environ.items() if k not in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_LOGGING_LEVEL")}
     command = [sys.executable, "-m", "pipeline.cli", *arguments]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
-    return result.stdout
+    assert result.returncode == status, result.stdout[-3000:] + result.stderr[-6000:]
+    return result.stdout if status == 0 else result.stderr
 
 
 @pytest.fixture(scope="module")
@@ -117,3 +117,17 @@ def test_generation_and_comparison(calibrated, rows, folder):
     table = sere("compare", "e", "--uri", f"sqlite:///{folder}/ml.db", "--output", str(folder / "out"))
     assert "unmodified" in table and "sere S=2, cosine rho=0" in table
     assert (folder / "out" / "compare.csv").is_file() and (folder / "out" / "compare.png").is_file()
+
+
+def test_refusal_inside_an_engine_is_one_line(calibrated, folder):
+    """What only the engine can find out reaches the user, though the engine runs in another process."""
+    from ops.similarity import SimilarityArtifact
+
+    whole = SimilarityArtifact.load(calibrated)
+    matrices = {key: matrix for key, matrix in whole.matrices.items() if key[0] != 2}
+    SimilarityArtifact(matrices, {**whole.manifest, "layers": [0, 1, 3]}).save(folder / "partial.safetensors")
+    settings = [f"output={folder}/refused", "tracking.uri=''", f"reroute.similarity={folder}/partial.safetensors"]
+    error = sere("generate", "conf/generate.yaml", *settings, status=2)
+    assert "sere: the artifact has no matrix for layer 2: it has [0, 1, 3]" in error.splitlines()[-1]
+    assert "Traceback" not in error
+    assert not list(folder.glob("*refused*"))
