@@ -21,7 +21,9 @@ def find_files(data: str) -> tuple[str, list[Path]]:
     else:
         files = sorted(Path(file) for file in glob.glob(data, recursive=True))
     if not files:
-        raise ConfigError(f"no data at {data}: give a parquet or JSONL file, a folder of them, or a glob")
+        raise ConfigError(
+            f"no data at {data} (seen from {Path.cwd()}): give a parquet or JSONL file, a folder of them, or a glob"
+        )
     kinds = {_SUFFIXES.get(file.suffix, file.suffix or "no suffix") for file in files}
     if len(kinds) > 1 or not kinds <= {"parquet", "json"}:
         raise ConfigError(f"data must be all parquet or all JSONL, {data} has {', '.join(sorted(kinds))}")

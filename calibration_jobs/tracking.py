@@ -4,17 +4,20 @@ import dataclasses
 import json
 import logging
 import os
+import socket
 import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from conf.schema import ConfigError, TrackingConfig
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+_PORTS = {"http": 80, "https": 443}
 REGISTRY_SCHEME = "models:/"
 _MAX_PARAM_LENGTH = 500
 
@@ -126,10 +129,23 @@ def use_store(uri: str) -> None:
     """
     _quiet()
     import mlflow
+    from mlflow.exceptions import MlflowException
 
-    if uri.startswith("sqlite:///"):
-        Path(uri.removeprefix("sqlite:///")).absolute().parent.mkdir(parents=True, exist_ok=True)
-    mlflow.set_tracking_uri(uri)
+    try:
+        if uri.startswith("sqlite:///"):
+            Path(uri.removeprefix("sqlite:///")).absolute().parent.mkdir(parents=True, exist_ok=True)
+        elif uri.startswith(("http://", "https://")):
+            # MLflow itself retries for minutes without a word.
+            address = urlsplit(uri)
+            socket.create_connection((address.hostname, address.port or _PORTS[address.scheme]), timeout=10).close()
+        mlflow.set_tracking_uri(uri)
+        mlflow.MlflowClient()
+    except (OSError, ValueError, MlflowException) as error:
+        raise _unusable(uri, error) from error
+
+
+def _unusable(uri: str, error: Exception) -> ConfigError:
+    return ConfigError(f"MLflow store {uri!r} cannot be used ({str(error).splitlines()[0]}): check tracking.uri")
 
 
 def use_experiment(config: TrackingConfig) -> str:
@@ -147,9 +163,7 @@ def use_experiment(config: TrackingConfig) -> str:
             mlflow.create_experiment(config.experiment, artifact_location=location)
         return mlflow.set_experiment(config.experiment).experiment_id
     except MlflowException as error:
-        raise ConfigError(
-            f"MLflow store {config.uri!r} cannot be used ({str(error).splitlines()[0]}): check tracking.uri"
-        ) from error
+        raise _unusable(config.uri, error) from error
 
 
 def source_commit() -> str:
@@ -184,7 +198,7 @@ def track(config: TrackingConfig, *, kind: str, default_name: str) -> Iterator[N
         yield MlflowTracker(run.info.run_id)
 
 
-def resolve_artifact(path_or_uri: str, *, tracking_uri: str, folder: Path) -> Path:
+def resolve_artifact(path_or_uri: str, *, tracking_uri: str | None, folder: Path) -> Path:
     """The local path of an artifact given by path, or downloaded from the registry (`models:/NAME@ALIAS` or `/VERSION`).
 
     Raises:
@@ -213,6 +227,8 @@ def read_runs(uri: str, experiment: str) -> list[dict[str, Any]]:
     Raises:
         ConfigError: if there is no such experiment.
     """
+    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
+        raise ConfigError(f"no MLflow store at {uri}: give the tracking.uri of the runs with --uri")
     use_store(uri)
     import mlflow
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import GrammarParseError, MissingMandatoryValue, OmegaConfBaseException
 
 from conf.schema import ConfigError, unknown_key
 
@@ -29,22 +29,28 @@ def load_config(schema: type[Config], path: str | Path, overrides: Sequence[str]
         raise ConfigError(f"config file {file} does not exist")
     try:
         from_file = OmegaConf.load(file)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(from_file, DictConfig):
+        raise ConfigError(f"{file} must hold keys and values at the top level")
     for override in overrides:
         if "=" not in override or override.startswith("="):
             raise ConfigError(f"override {override!r} must have the form key=value, for example engine.max_num_seqs=16")
-    from_overrides = OmegaConf.from_dotlist(list(overrides))
+        try:
+            OmegaConf.from_dotlist([override])
+        except (yaml.YAMLError, GrammarParseError) as error:
+            raise ConfigError(
+                f"override {override!r} is not valid YAML after the =: put the value in quotes, as in \"key='*.jsonl'\""
+            ) from error
     try:
+        from_overrides = OmegaConf.from_dotlist(list(overrides))
         merged = OmegaConf.merge(from_file, from_overrides)
         values = OmegaConf.to_container(merged, resolve=True)
-        if not isinstance(values, dict):
-            raise ConfigError(f"{file} must hold keys and values at the top level")
-        _check_keys(schema, values, str(file))
+        _check_keys(schema, values, f"{file} or the command line" if overrides else str(file))
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), values))
     except MissingMandatoryValue as error:
         raise ConfigError(f"{file}: {error.full_key} must be set") from error
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, GrammarParseError) as error:
         if isinstance(error.__cause__, ConfigError):
             raise error.__cause__ from None
         key = f"{error.full_key}: " if error.full_key else ""

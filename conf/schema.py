@@ -6,6 +6,7 @@ vLLM plugin reads `RerouteConfig` in every engine process.
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_type_hints
@@ -99,7 +100,7 @@ class RerouteConfig:
 class TrackingConfig:
     """Where runs are recorded."""
 
-    uri: str = "sqlite:///runs/mlflow.db"
+    uri: str | None = "sqlite:///runs/mlflow.db"
     """MLflow tracking URI; empty: record nothing."""
     experiment: str = "sere"
     run_name: str | None = None
@@ -116,7 +117,8 @@ class CalibrateConfig:
     output: str
     """Similarity artifact to write (.safetensors)."""
     text_column: str = "text"
-    metrics: tuple[Metric, ...] = METRICS
+    metrics: tuple[str, ...] = METRICS
+    """Some of frobenius, cosine, cka."""
     num_sequences: int = 400
     """Rows used, in order; fewer if the data has fewer."""
     sequence_length: int = 128
@@ -154,8 +156,8 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "max_tokens")
-        if self.temperature < 0:
-            raise ConfigError(f"temperature must be at least 0, got {self.temperature}")
+        if not 0 <= self.temperature < math.inf:
+            raise ConfigError(f"temperature must be at least 0 and finite, got {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p must be above 0 and at most 1, got {self.top_p}")
 
@@ -186,8 +188,11 @@ class EngineConfig:
     def __post_init__(self) -> None:
         _one_of(self, "dtype")
         _at_least(self, 1, "replicas", "max_num_seqs", "tensor_parallel_size")
-        if self.kv_cache_gib <= 0:
-            raise ConfigError(f"kv_cache_gib must be above 0, got {self.kv_cache_gib}")
+        if self.max_model_len is not None:
+            _at_least(self, 1, "max_model_len")
+        for name in ("kv_cache_gib", "cpus_per_replica"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"{name} must be above 0, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

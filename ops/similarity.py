@@ -137,6 +137,8 @@ class SimilarityArtifact:
         manifest = {"format_version": FORMAT_VERSION, **self.manifest}
         try:
             save_file(tensors, aside, metadata={"manifest": json.dumps(manifest, sort_keys=True)})
+            # safetensors makes files that only their owner can read; an artifact is shared.
+            aside.chmod(0o644)
             aside.replace(target)
         finally:
             aside.unlink(missing_ok=True)

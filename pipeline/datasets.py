@@ -22,14 +22,22 @@ def read_dataset(config: GenerateConfig) -> "ray.data.Dataset":
     """Read the input lazily.
 
     Raises:
-        ConfigError: if there are no files.
+        ConfigError: if there are no files, or they are damaged.
     """
     import ray.data
 
     kind, files = find_files(config.data)
     read = ray.data.read_parquet if kind == "parquet" else ray.data.read_json
-    dataset = read([str(file.absolute()) for file in files])
+    try:
+        dataset = read([str(file.absolute()) for file in files])
+    except (ray.exceptions.RayError, pa.ArrowException, OSError, ValueError) as error:
+        raise _unreadable(config, error) from error
     return dataset.limit(config.num_rows) if config.num_rows is not None else dataset
+
+
+def _unreadable(config: GenerateConfig, error: Exception) -> ConfigError:
+    reason = str(getattr(error, "cause", None) or error).strip().splitlines()[-1]
+    return ConfigError(f"{config.data} cannot be read ({reason}): mend the file")
 
 
 def check_dataset(dataset: "ray.data.Dataset", config: GenerateConfig) -> int:
@@ -49,9 +57,8 @@ def check_dataset(dataset: "ray.data.Dataset", config: GenerateConfig) -> int:
                 raise ConfigError(f"{config.data} has no column {column!r} (there: {', '.join(names)}): set {key}")
         tables = [ray.get(ref) for ref in dataset.select_columns([config.id_column]).to_arrow_refs()] if names else []
         tables = [table for table in tables if table.num_rows]
-    except ray.exceptions.RayTaskError as error:
-        reason = str(error.cause or error).strip().splitlines()[-1]
-        raise ConfigError(f"{config.data} cannot be read ({reason}): mend the file") from error
+    except (ray.exceptions.RayError, pa.ArrowException, OSError, ValueError) as error:
+        raise _unreadable(config, error) from error
     ids = pa.chunked_array([chunk for table in tables for chunk in table[config.id_column].chunks]) if tables else []
     if len(ids) == 0:
         raise ConfigError(f"{config.data} has no rows")

@@ -191,7 +191,8 @@ def generate(config: GenerateConfig) -> dict[str, float]:
             results = build_pipeline(dataset, config, facts, reroute, on_gpu=on_gpu)
             try:
                 metrics = _consume(results, config, tracker, folder, num_rows)
-            except Exception as error:
+            except BaseException as error:
+                # Also when interrupted: nothing half-written stays.
                 folder.discard()
                 refusal = _refusal(reroute.stats_dir) if reroute is not None else None
                 if refusal is not None:

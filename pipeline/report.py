@@ -62,6 +62,9 @@ _GROUP = (
     "concurrent_batches",
     "sampling.max_tokens",
     "sampling.temperature",
+    "sampling.top_p",
+    "sampling.seed",
+    "engine.dtype",
 )
 # Settings of which a label speaks only where they are not the default.
 _OPTIONAL = ("phase", "min_tokens", "max_tokens", "seed")

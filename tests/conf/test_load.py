@@ -32,6 +32,15 @@ def test_free_form_engine_arguments(minimal):
     assert config.engine.engine_kwargs == {"block_size": 16, "x": {"y": [1, 2]}}
 
 
+def test_empty_tracking_uri(minimal):
+    assert not load_config(GenerateConfig, minimal, ["tracking.uri="]).tracking.uri
+
+
+def test_unknown_metric():
+    with pytest.raises(ConfigError, match=r"metrics must be some of frobenius, cosine, cka, got \['foo'\]"):
+        load_config(CalibrateConfig, ROOT / "conf" / "calibrate.yaml", ["metrics=[foo]"])
+
+
 def test_section_can_be_switched_off(minimal):
     assert load_config(GenerateConfig, minimal, ["reroute=null"]).reroute is None
 
@@ -50,6 +59,12 @@ def test_section_can_be_switched_off(minimal):
         ("sampling.top_p=0", "top_p must be above 0"),
         ("sampling.temperature=-1", "temperature must be at least 0"),
         ("model=null", "model must be set"),
+        ("sampling.temperature=.nan", "temperature must be at least 0 and finite"),
+        ("engine.max_model_len=0", "max_model_len must be at least 1"),
+        ("engine.cpus_per_replica=-5", "cpus_per_replica must be above 0"),
+        ("data=*.jsonl", "put the value in quotes"),
+        ("tracking.run_name=[a", "put the value in quotes"),
+        ("data=${oops", "put the value in quotes"),
         ("just-a-word", "must have the form key=value"),
     ],
 )
@@ -62,6 +77,12 @@ def test_errors_are_one_line(minimal, override, message):
 def test_file_errors(tmp_path):
     with pytest.raises(ConfigError, match="does not exist"):
         load_config(GenerateConfig, tmp_path / "none.yaml")
+    (tmp_path / "list.yaml").write_text("- a")
+    with pytest.raises(ConfigError, match="must hold keys and values"):
+        load_config(GenerateConfig, tmp_path / "list.yaml", ["model=x"])
+    (tmp_path / "latin.yaml").write_bytes(b"a: \xe9")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        load_config(GenerateConfig, tmp_path / "latin.yaml")
     (tmp_path / "bad.yaml").write_text("a: [1")
     with pytest.raises(ConfigError, match="not valid YAML") as caught:
         load_config(GenerateConfig, tmp_path / "bad.yaml")

@@ -69,7 +69,10 @@ def test_missing_files(generate, run, tmp_path):
     refused(run("generate", "/nowhere.yaml"), "config file /nowhere.yaml does not exist")
     refused(run("calibrate", "conf/calibrate.yaml", f"output={tmp_path}/similarity.safetensors", "model=/no"), "model /no")
     refused(run("calibrate", "conf/calibrate.yaml", f"output={tmp_path}/x"), "similarity.safetensors")
-    refused(run("compare", "nothing", "--uri", f"sqlite:///{tmp_path}/ml.db"), "no experiment 'nothing'")
+    refused(run("compare", "nothing", "--uri", f"sqlite:///{tmp_path}/ml.db"), "no MLflow store at")
+    assert not (tmp_path / "ml.db").exists()
+    refused(run("compare", "nothing", "--uri", "foo://x"), "MLflow store 'foo://x' cannot be used")
+    refused(run("compare", "nothing", "--uri", "http://127.0.0.1:1"), "http://127.0.0.1:1", "cannot be used")
 
 
 def test_dense_model_cannot_be_calibrated(run, tmp_path):
@@ -110,6 +113,8 @@ def test_datasets(generate, tmp_path):
     refused(generate(data("f.parquet", [{"id": 1, "prompt": 7}])), "column 'prompt'", "is int64, not text")
     refused(generate(data("g.parquet", [{**good, "error": "x"}])), "has a column 'error'", "rename it")
     refused(generate(data("h.jsonl", '{"id": 1, "prompt": "x"}\n{broken')), "h.jsonl cannot be read")
+    (tmp_path / "torn.parquet").write_text("PAR1x")
+    refused(generate(f"data={tmp_path}/torn.parquet"), "torn.parquet cannot be read")
     refused(generate(data("i.csv", "id,prompt\n")), "must be all parquet or all JSONL", ".csv")
 
 
