@@ -168,6 +168,9 @@ def generate(config: GenerateConfig) -> dict[str, float]:
         reroute = config.reroute
         if reroute is not None:
             stats_dir = reroute.stats_dir or str(Path(scratch) / "stats")
+            if any(Path(stats_dir).glob("*")):
+                # Its counters would be added to this run's.
+                raise ConfigError(f"stats_dir {stats_dir} holds an earlier run's counters: name a new or empty folder")
             changes: dict[str, Any] = {"stats_dir": stats_dir}
             if reroute.policy == "sere":
                 local = resolve_artifact(reroute.similarity, tracking_uri=config.tracking.uri, folder=Path(scratch))

@@ -61,6 +61,12 @@ def test_settings(generate):
     refused(generate("engine.replicas=0"), "replicas must be at least 1")
 
 
+def test_stats_folder_of_an_earlier_run(generate, tmp_path):
+    (tmp_path / "stats").mkdir()
+    (tmp_path / "stats" / "x.json").write_text("{}")
+    refused(generate(f"reroute.stats_dir={tmp_path}/stats"), "holds an earlier run's counters")
+
+
 def test_missing_files(generate, run, tmp_path):
     refused(generate("data=/nowhere.parquet"), "no data at /nowhere.parquet")
     refused(generate("model=/nowhere/model"), "model /nowhere/model cannot be read")
