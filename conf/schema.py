@@ -68,7 +68,7 @@ class RerouteConfig:
     check_model: bool = True
     """Refuse an artifact computed from other weights than the model's. Off: only layer and expert counts must match."""
     stats_dir: str | None = None
-    """Folder for the counters (one pair of files per engine worker). None: they are only logged. `sere generate` sets it."""
+    """Folder for the counters (one pair of files per engine worker). None: nothing is counted. `sere generate` sets it."""
 
     def __post_init__(self) -> None:
         _one_of(self, "policy", "metric", "phase")

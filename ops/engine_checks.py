@@ -42,15 +42,8 @@ def refuse_engine_modes(vllm_config: Any, config: RerouteConfig, device: torch.d
             "dual batch overlap splits a step in microbatches, so its rows' roles cannot be known: set enable_dbo to false",
         ),
         (
-            # That runner replays full CUDA graphs without a forward context: a step's roles would be an earlier one's.
-            getattr(vllm_config, "use_v2_model_runner", False)
-            and vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs(),
-            "the V2 model runner replays full CUDA graphs without saying which rows are decode rows: set the environment "
-            "variable VLLM_USE_V2_MODEL_RUNNER=0, or compilation_config={'cudagraph_mode': 'PIECEWISE'}",
-        ),
-        (
-            device.type != "cpu" and config.policy in ("sere", "random"),
-            f"policy {config.policy!r} has no kernel for {device.type} in this version: run it on the CPU, or use policy "
+            device.type not in ("cpu", "cuda") and config.policy in ("sere", "random"),
+            f"policy {config.policy!r} has no kernel for {device.type}: run it on an NVIDIA GPU or on the CPU, or use policy "
             "'none' or 'top_k'",
         ),
     ]

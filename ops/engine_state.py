@@ -9,7 +9,7 @@ from torch import Tensor
 from conf.schema import ConfigError, RerouteConfig
 from ops.digest import model_digest
 from ops.engine_checks import find_attention_layer, refuse_engine_modes, refuse_monolithic, refuse_router
-from ops.policies import POLICIES, LayerInfo, Policy
+from ops.policies import POLICIES, LayerInfo, Policy, TopKPolicy
 from ops.similarity import SimilarityArtifact
 from ops.stats import CounterFile, count_step
 from ops.token_roles import TokenRoles, fill_from_metadata
@@ -24,12 +24,24 @@ class LayerState:
         self.policy = policy
         self.roles = roles
         self.counters: Tensor | None = None
+        # One launch re-routes and counts. Dropping slots (top_k) is left to torch's operations.
+        self.uses_kernel = policy.layer.device.type == "cuda" and not isinstance(policy, TopKPolicy)
         # Where nothing is re-routed, a kept slot is not critical: count as if every slot voted.
         counts_all = policy.config.policy == "none"
         self._voting_top_k = policy.layer.top_k if counts_all else policy.config.primary_top_k
 
+    @property
+    def has_work(self) -> bool:
+        """Whether steps need anything done at all."""
+        return self.policy.changes_routing or self.counters is not None
+
     def route(self, topk_weights: Tensor, topk_ids: Tensor, router_logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Apply the policy to one step and count what it did. Shapes as in `Policy.route`."""
+        """Apply the policy to one step and count what it did. Shapes as in `Policy.route`.
+
+        On a GPU `topk_ids` itself is changed: routers return a new tensor, and a copy would be another launch.
+        """
+        if not self.has_work:
+            return topk_weights, topk_ids
         num_rows = topk_ids.shape[0]
         if num_rows > self.roles.roles.numel():
             raise RuntimeError(
@@ -37,6 +49,8 @@ class LayerState:
                 "token roles cannot be known"
             )
         roles = self.roles.roles[:num_rows]
+        if self.uses_kernel:
+            return topk_weights, self._launch(topk_weights, topk_ids, roles)
         weights, ids = self.policy.route(topk_weights, topk_ids, router_logits, roles)
         if self.counters is not None:
             count_step(
@@ -45,11 +59,30 @@ class LayerState:
                 ids_before=topk_ids,
                 ids_after=ids,
                 roles=roles,
-                num_decode_rows=self.roles.num_decode_rows,
+                num_decode_rows=self.roles.step[0],
                 num_experts=self.policy.layer.num_experts,
                 primary_top_k=self._voting_top_k,
             )
         return weights, ids
+
+    def _launch(self, topk_weights: Tensor, topk_ids: Tensor, roles: Tensor) -> Tensor:
+        from ops import cuda
+
+        if topk_ids.dtype == torch.uint32:
+            topk_ids = topk_ids.view(torch.int32)
+        ids = topk_ids.contiguous()
+        cuda.reroute(
+            topk_weights.float().contiguous(),
+            ids,
+            self.policy.neighbours,
+            num_experts=self.policy.layer.num_experts,
+            primary_top_k=self._voting_top_k,
+            new_ids=ids,
+            roles=roles,
+            step=self.roles.step,
+            counters=self.counters,
+        )
+        return ids
 
 
 class EngineState:
@@ -70,6 +103,10 @@ class EngineState:
         refuse_engine_modes(vllm_config, self.config, self.device)
         self._model = vllm_config.model_config.model
         self.artifact: SimilarityArtifact | None = None
+        if self.device.type == "cuda" and self.config.policy != "top_k":
+            from ops import cuda
+
+            cuda.warm_up(torch.device("cuda", torch.cuda.current_device()))
         if POLICIES[self.config.policy].needs_similarity:
             self.artifact = SimilarityArtifact.load(self.config.similarity)
         compilation, scheduler = vllm_config.compilation_config, vllm_config.scheduler_config
@@ -86,6 +123,15 @@ class EngineState:
         self._attention_layer: str | None = None
         self._counters: CounterFile | None = None
         self._serving = False
+        self.num_steps_begun = 0
+        """Steps whose roles were set: the plugin checks that it grows with every step."""
+        self.query_start_loc: Tensor | None = None
+        """The V2 model runner's description of the step it is about to run."""
+
+    @property
+    def has_work(self) -> bool:
+        """Whether steps need anything done at all."""
+        return any(layer.has_work for layer in self.layers.values())
 
     def add_layer(self, runner: Any) -> LayerState:
         """Make the policy of one `MoERunner`.
@@ -153,13 +199,16 @@ class EngineState:
             manifest = {"model": str(self._model), "reroute": self.config.to_dict()}
             indices = sorted(self.layers)
             folder = self.config.stats_dir if rank == 0 else None
-            self._counters = CounterFile(layers=indices, device=self.device, folder=folder, manifest=manifest)
-            for row, index in enumerate(indices):
-                self.layers[index].counters = self._counters.counts[row]
+            if folder is not None:
+                self._counters = CounterFile(layers=indices, device=self.device, folder=folder, manifest=manifest)
+                for row, index in enumerate(indices):
+                    self.layers[index].counters = self._counters.counts[row]
         logger.info("SERE: policy %s on %d MoE layers", self.config.policy, len(self.layers))
 
     def begin_step(self, attn_metadata: Any) -> None:
         """Set the rows' roles from the step's attention metadata: by layer name, or None in profiling and warm-up."""
+        if not self.has_work:
+            return
         if attn_metadata is None or self._attention_layer is None:
             self.roles.clear()
             return
@@ -171,6 +220,13 @@ class EngineState:
             self.roles.clear()
         else:
             fill_from_metadata(self.roles, metadata)
+            self.num_steps_begun += 1
+
+    def begin_replay(self) -> None:
+        """Set the rows' roles before the V2 model runner replays a full CUDA graph, which it does without a forward context."""
+        if self.has_work and self.query_start_loc is not None:
+            self.roles.fill(self.query_start_loc)
+            self.num_steps_begun += 1
 
     def serve(self) -> None:
         """Called before every real step."""

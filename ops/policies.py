@@ -33,6 +33,8 @@ class Policy(ABC):
     """Maps the routing of one step of one layer to another one."""
 
     needs_similarity = False
+    neighbours: Tensor | None = None
+    """int16 `[num_experts, n]` for the CUDA kernel (`ops.cuda.sorted_neighbours`), if the policy re-routes by similarity."""
 
     def __init__(self, config: RerouteConfig, layer: LayerInfo, similarity: Tensor | None = None) -> None:
         """Args:
@@ -49,6 +51,11 @@ class Policy(ABC):
             )
         self.config = config
         self.layer = layer
+
+    @property
+    def changes_routing(self) -> bool:
+        """Whether there is any step whose routing this policy changes."""
+        return self.config.policy != "none" and self.config.primary_top_k < self.layer.top_k
 
     @abstractmethod
     def route(self, topk_weights: Tensor, topk_ids: Tensor, router_logits: Tensor, roles: Tensor) -> tuple[Tensor, Tensor]:
@@ -85,7 +92,14 @@ class SerePolicy(Policy):
         super().__init__(config, layer, similarity)
         assert similarity is not None
         self.similarity = similarity.to(layer.device)
-        self.threshold = config.threshold
+        self.threshold = self._least_similarity()
+        if layer.device.type == "cuda" and self.changes_routing:
+            from ops.cuda import sorted_neighbours
+
+            self.neighbours = sorted_neighbours(similarity, self.threshold).to(layer.device)
+
+    def _least_similarity(self) -> float:
+        return self.config.threshold
 
     def route(self, topk_weights: Tensor, topk_ids: Tensor, router_logits: Tensor, roles: Tensor) -> tuple[Tensor, Tensor]:
         new_ids = reroute_topk(
@@ -112,7 +126,9 @@ class RandomPolicy(SerePolicy):
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + layer.index)
         size = (layer.num_experts, layer.num_experts)
         super().__init__(config, layer, torch.rand(size, generator=generator, dtype=torch.float32, device="cpu"))
-        self.threshold = 0.0
+
+    def _least_similarity(self) -> float:
+        return 0.0
 
 
 class TopKPolicy(Policy):

@@ -1,8 +1,8 @@
 """Counters of what re-routing did, per MoE layer: accumulated where the op runs, readable from another process, crash-safe.
 
-A worker's counters live in one int64 `[num_layers, len(COUNTERS)]` tensor. With a folder given, that tensor is a memory-mapped
-file on the CPU (every count is on disk the moment it is made, however the process ends), or is copied to one from a GPU
-every few seconds and at shutdown. A JSON file beside it names the layers.
+A worker's counters live in one int64 `[num_layers, len(COUNTERS)]` tensor. On the CPU that tensor is a memory-mapped file (every
+count is on disk the moment it is made, however the process ends); from a GPU it is copied to one every few seconds and at
+shutdown. A JSON file beside it names the layers.
 """
 
 import atexit
@@ -74,7 +74,7 @@ def count_step(
     values = torch.stack(
         [
             counted,
-            changeable.any(),
+            (roles == DECODE).any(),
             num_decode_rows,
             num_decode_rows * ids_before.shape[1],
             changed.sum(),
@@ -90,25 +90,20 @@ def count_step(
 
 
 class CounterFile:
-    """One engine worker's counters, on its device and, if a folder is given, in a file."""
+    """One engine worker's counters, on its device and in a file."""
 
-    def __init__(self, *, layers: list[int], device: torch.device, folder: str | None, manifest: dict[str, Any]) -> None:
+    def __init__(self, *, layers: list[int], device: torch.device, folder: str, manifest: dict[str, Any]) -> None:
         shape = (len(layers), len(COUNTERS))
         self.layers = layers
-        self._mapped: Tensor | None = None
-        if folder is not None:
-            root = Path(folder)
-            root.mkdir(parents=True, exist_ok=True)
-            path = root / f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}.counters"
-            path.write_bytes(bytes(8 * shape[0] * shape[1]))
-            self._mapped = torch.from_file(str(path), shared=True, size=shape[0] * shape[1], dtype=torch.int64).view(shape)
-            aside = path.with_suffix(".tmp")
-            aside.write_text(json.dumps({**manifest, "layers": layers, "counters": COUNTERS}, indent=1))
-            aside.rename(path.with_suffix(".json"))
-        if self._mapped is not None and device.type == "cpu":
-            self.counts = self._mapped
-        else:
-            self.counts = torch.zeros(shape, dtype=torch.int64, device=device)
+        root = Path(folder)
+        root.mkdir(parents=True, exist_ok=True)
+        path = root / f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}.counters"
+        path.write_bytes(bytes(8 * shape[0] * shape[1]))
+        self._mapped = torch.from_file(str(path), shared=True, size=shape[0] * shape[1], dtype=torch.int64).view(shape)
+        aside = path.with_suffix(".tmp")
+        aside.write_text(json.dumps({**manifest, "layers": layers, "counters": COUNTERS}, indent=1))
+        aside.rename(path.with_suffix(".json"))
+        self.counts = self._mapped if device.type == "cpu" else torch.zeros(shape, dtype=torch.int64, device=device)
         self._next_flush = 0.0
         atexit.register(self.flush)
 
@@ -118,7 +113,7 @@ class CounterFile:
 
     def flush(self, *, only_if_due: bool = False) -> None:
         """Copy counts from a GPU to the file. Waits for the GPU, hence at most every few seconds while serving."""
-        if self._mapped is None or self._mapped is self.counts:
+        if self._mapped is self.counts:
             return
         now = time.monotonic()
         if not only_if_due or now >= self._next_flush:

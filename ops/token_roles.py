@@ -17,7 +17,8 @@ class TokenRoles:
     Attributes:
         roles: int8 `[capacity]`. In a step that is to be left alone decode rows are marked as prefill rows, which no policy
             touches: the decision is taken here, on the device, and policies need not know of it.
-        num_decode_rows: int64 `[]`, decode rows of the step, whether it is left alone or not.
+        step: int64 `[3]`: decode rows of the step (whether it is left alone or not), rows that are not padding, and 1 if any
+            row's role is DECODE.
     """
 
     def __init__(
@@ -32,7 +33,7 @@ class TokenRoles:
         max_tokens: More rows than this: left alone.
         """
         self.roles = torch.zeros(capacity, dtype=torch.int8, device=device)
-        self.num_decode_rows = torch.zeros((), dtype=torch.int64, device=device)
+        self.step = torch.zeros(3, dtype=torch.int64, device=device)
         self._rows = torch.arange(capacity, dtype=torch.int64, device=device)
         self._decode_length = capacity if phase == "all" else decode_length
         self._min_tokens, self._max_tokens = min_tokens, max_tokens
@@ -40,7 +41,7 @@ class TokenRoles:
     def clear(self) -> None:
         """A step without known roles (profiling, warm-up): every row is padding."""
         self.roles.zero_()
-        self.num_decode_rows.zero_()
+        self.step.zero_()
 
     def fill(self, query_start_loc: Tensor) -> None:
         """Set the roles of a step.
@@ -49,7 +50,14 @@ class TokenRoles:
             query_start_loc: int32 `[num_sequences + 1]`: first row of each sequence, then the number of rows that are not
                 padding. Sequences that are padding repeat the last value.
         """
-        starts = query_start_loc.to(device=self.roles.device, dtype=torch.int64)
+        if self.roles.is_cuda:
+            from ops import cuda
+
+            starts = query_start_loc.to(device=self.roles.device, dtype=torch.int32).contiguous()
+            limits = dict(min_tokens=self._min_tokens, max_tokens=self._max_tokens)
+            cuda.fill_roles(starts, self.roles, self.step, decode_length=self._decode_length, **limits)
+            return
+        starts = query_start_loc.to(dtype=torch.int64)
         lengths = starts.diff()
         sequence = torch.bucketize(self._rows, starts[1:], right=True).clamp_(max=lengths.numel() - 1)
         real = self._rows < starts[-1]
@@ -63,8 +71,9 @@ class TokenRoles:
         self._store(real, decode & real)
 
     def _store(self, real: Tensor, decode: Tensor) -> None:
-        self.num_decode_rows.copy_(decode.sum())
-        reroutes = (self.num_decode_rows >= self._min_tokens) & (real.sum() <= self._max_tokens)
+        num_decode_rows, num_rows = decode.sum(), real.sum()
+        reroutes = (num_decode_rows >= self._min_tokens) & (num_rows <= self._max_tokens)
+        self.step.copy_(torch.stack([num_decode_rows, num_rows, reroutes]))
         self.roles.copy_(torch.where(decode & reroutes, DECODE, torch.where(real, PREFILL, PADDING)))
 
 

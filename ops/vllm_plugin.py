@@ -7,11 +7,16 @@ which does nothing more than before unless the engine's configuration asks for r
     BaseModelLoader.load_model                 the same for experts that select themselves (vLLM's CPU backend before 0.30)
     forward_context.create_forward_context     the rows' roles, once per step
     WorkerWrapperBase.initialize_from_config   the last checks before the engine is up
-    WorkerWrapperBase.execute_model, shutdown  counters start at the first real step and are flushed
+    WorkerWrapperBase.execute_model, shutdown  counters start at the first real step and are flushed; a step whose roles
+                                               nobody set is an error
+    gpu.GPUModelRunner.prepare_attn,           the rows' roles, for the V2 model runner, which replays full CUDA graphs without
+    gpu.ModelCudaGraphManager.run_fullgraph    a forward context
 
-`sere::route` sits between the router's top-k and everything that uses it: the capture of routed experts, the mapping of
-logical to physical experts (EPLB), and the experts. It is an opaque custom op that finds its layer by name through vLLM's
-forward context, so torch.compile keeps it and several engines can live in one process.
+The wrapper sits between the router's top-k and everything that uses it: the capture of routed experts, the mapping of
+logical to physical experts (EPLB), and the experts. Where torch.compile traces through the router (on the CPU) it is the custom
+op `sere::route`, which finds its layer by name through vLLM's forward context, so that several engines can live in one
+process. On a GPU the router runs inside vLLM's own opaque op, as Python at graph capture only: there the layer launches its
+kernel directly.
 """
 
 import functools
@@ -46,17 +51,19 @@ def _route_fake(topk_weights: Tensor, topk_ids: Tensor, router_logits: Tensor, l
     return torch.empty_like(topk_weights), torch.empty_like(topk_ids)
 
 
-for _device in ("CPU", "CUDA"):
-    _library.impl("route", _route, _device)
+_library.impl("route", _route, "CPU")
 torch.library.register_fake("sere::route", _route_fake, lib=_library)
 
 
-def _follow(compute_routing: Callable[..., tuple[Tensor, Tensor]], layer_name: str) -> Callable:
-    """The router's own function, followed by the custom op."""
+def _follow(compute_routing: Callable[..., tuple[Tensor, Tensor]], runner: Any) -> Callable:
+    """The router's own function, followed by the layer's policy."""
+    layer_name = runner.layer_name
 
     @functools.wraps(compute_routing)
     def routed(hidden_states: Tensor, router_logits: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         topk_weights, topk_ids = compute_routing(hidden_states, router_logits, *args, **kwargs)
+        if topk_ids.is_cuda:
+            return getattr(runner, _ATTRIBUTE).route(topk_weights, topk_ids, router_logits)
         return torch.ops.sere.route(topk_weights, topk_ids, router_logits, layer_name)
 
     return routed
@@ -99,6 +106,7 @@ def register() -> None:
     from vllm.config import get_current_vllm_config
     from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
     from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+    from vllm.platforms import current_platform
     from vllm.v1.worker.worker_base import WorkerWrapperBase
 
     def make_init(original: Callable) -> Callable:
@@ -114,7 +122,7 @@ def register() -> None:
                     state = ENGINE_STATES[_key(vllm_config)] = EngineState(settings, vllm_config)
                 layer = state.add_layer(self)
             object.__setattr__(self, _ATTRIBUTE, layer)
-            self.router._compute_routing = _follow(self.router._compute_routing, self.layer_name)
+            self.router._compute_routing = _follow(self.router._compute_routing, self)
 
         return init
 
@@ -125,7 +133,7 @@ def register() -> None:
                 for runner in vllm_config.compilation_config.static_forward_context.values():
                     experts = self_selecting_experts(runner) if hasattr(runner, _ATTRIBUTE) else None
                     if experts is not None and not hasattr(experts._select_experts, "__wrapped__"):
-                        experts._select_experts = _follow(experts._select_experts, runner.layer_name)
+                        experts._select_experts = _follow(experts._select_experts, runner)
             return model
 
         return load_model
@@ -155,11 +163,37 @@ def register() -> None:
     def make_execute(original: Callable) -> Callable:
         def execute_model(self: Any, *args: Any, **kwargs: Any) -> Any:
             state = ENGINE_STATES.get(_key(self.vllm_config))
-            if state is not None:
-                state.serve()
-            return original(self, *args, **kwargs)
+            if state is None:
+                return original(self, *args, **kwargs)
+            state.serve()
+            num_steps_begun = state.num_steps_begun
+            result = original(self, *args, **kwargs)
+            scheduled = args[0] if args else kwargs["scheduler_output"]
+            if scheduled.total_num_scheduled_tokens > 0 and state.has_work and state.num_steps_begun == num_steps_begun:
+                raise RuntimeError(
+                    "SERE was not told which rows of this step are decode rows, so nothing was re-routed: this vLLM version's "
+                    "model runner is not supported in this mode, set compilation_config={'cudagraph_mode': 'PIECEWISE'} or "
+                    "the environment variable VLLM_USE_V2_MODEL_RUNNER=0"
+                )
+            return result
 
         return execute_model
+
+    def make_prepare_attn(original: Callable) -> Callable:
+        def prepare_attn(self: Any, input_batch: Any, *args: Any, **kwargs: Any) -> Any:
+            if (state := ENGINE_STATES.get(_key(self.vllm_config))) is not None:
+                state.query_start_loc = input_batch.query_start_loc
+            return original(self, input_batch, *args, **kwargs)
+
+        return prepare_attn
+
+    def make_run_fullgraph(original: Callable) -> Callable:
+        def run_fullgraph(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if (state := ENGINE_STATES.get(_key(self.vllm_config))) is not None:
+                state.begin_replay()
+            return original(self, *args, **kwargs)
+
+        return run_fullgraph
 
     def make_shutdown(original: Callable) -> Callable:
         def shutdown(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -177,3 +211,9 @@ def register() -> None:
     _wrap(WorkerWrapperBase, "initialize_from_config", make_initialize)
     _wrap(WorkerWrapperBase, "execute_model", make_execute)
     _wrap(WorkerWrapperBase, "shutdown", make_shutdown)
+    if current_platform.is_cuda():
+        from vllm.v1.worker.gpu.cudagraph_utils import ModelCudaGraphManager
+        from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+
+        _wrap(GPUModelRunner, "prepare_attn", make_prepare_attn)
+        _wrap(ModelCudaGraphManager, "run_fullgraph", make_run_fullgraph)

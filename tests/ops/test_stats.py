@@ -52,7 +52,7 @@ def test_equals_plain_count(step: Step):
     real = roles != PADDING
     expected = dict(
         steps=1,
-        rerouting_steps=int(bool(decode_experts)),
+        rerouting_steps=int(num_decode > 0),
         decode_rows=num_decode,
         decode_slots=num_decode * top_k,
         rerouted_slots=sum(a != b for a, b in decode_experts),

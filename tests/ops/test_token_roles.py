@@ -44,7 +44,8 @@ def test_equals_plain_loop(lengths, padding_sequences, decode_length, phase, min
         expected = [PREFILL] * len(expected)
     expected += [PADDING] * (64 - len(expected))
     assert roles.roles.tolist() == expected
-    assert roles.num_decode_rows.item() == num_decode
+    assert roles.step[:2].tolist() == [num_decode, sum(lengths)]
+    assert bool(roles.step[2]) == (DECODE in expected)
 
 
 def test_buffers_stay_in_place():
@@ -53,7 +54,7 @@ def test_buffers_stay_in_place():
     roles.fill(starts([1, 1, 5]))
     roles.clear()
     assert roles.roles.data_ptr() == address
-    assert not roles.roles.any() and roles.num_decode_rows == 0
+    assert not roles.roles.any() and not roles.step.any()
 
 
 @pytest.mark.parametrize(("phase", "expected"), [("decode", [2, 2, 1, 1, 1, 0]), ("all", [2, 2, 2, 2, 2, 0])])

@@ -1,0 +1,180 @@
+"""The CUDA kernels on the CPU: the same sources, run against the reference under sanitizers (see cuda_on_cpu/cuda.h)."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ops import cuda
+from tests.ops.kernel_checks import batches, check_reroute, check_token_roles, modes
+from tests.ops.shim import SANITIZERS, cuda_on_cpu, needs_compiler
+from tests.ops.strategies import Step, steps
+
+CPU = torch.device("cpu")
+pytestmark = needs_compiler
+in_bounds = settings(deadline=None, database=None)
+
+
+@pytest.fixture(scope="module")
+def shims():
+    with cuda_on_cpu(*SANITIZERS) as shims:
+        yield shims
+
+
+@settings(in_bounds, max_examples=2000)
+@given(step=steps(max_tokens=80, max_experts=200), mode=modes())
+def test_equals_reference(shims, step: Step, mode):
+    check_reroute(step, mode, CPU)
+
+
+@settings(in_bounds, max_examples=60)
+@given(step=steps(max_tokens=1100, max_experts=1024, max_top_k=32), mode=modes())
+def test_equals_reference_at_all_sizes(shims, step: Step, mode):
+    check_reroute(step, mode, CPU)
+
+
+@pytest.mark.parametrize(("num_tokens", "num_experts", "top_k"), [(1, 1, 1), (1024, 1024, 32), (33, 65, 17), (3, 1023, 31)])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_bounds(shims, num_tokens, num_experts, top_k, dtype):
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.rand(num_tokens, num_experts, generator=generator)
+    weights, ids = scores.topk(top_k)
+    step = Step(
+        topk_weights=weights,
+        topk_ids=ids.to(dtype),
+        similarity=torch.rand(num_experts, num_experts, generator=generator),
+        roles=None,
+        primary_top_k=1,
+        threshold=0.9,
+    )
+    check_reroute(step, dict(in_place=False, counted=True, left_alone=False, neutral=False), CPU)
+
+
+@settings(in_bounds, max_examples=300)
+@given(batch=batches())
+def test_token_roles(shims, batch):
+    check_token_roles(batch, CPU)
+
+
+def test_thousands_of_cases_ran(shims):
+    """That the tests above did run the kernels, and how often."""
+    launches = sum(shim.num_launches for shim in shims)
+    print(f"{launches} launches")
+    assert launches > 2000
+
+
+def test_ids_out_of_range_are_unused_slots(shims):
+    """A router that returns nonsense for a row (of a broken model, say) must not make the kernel write elsewhere."""
+    ids = torch.tensor([[0, 5, 1_000_000], [2**31 - 1, -(2**31), 3]], dtype=torch.int32)
+    new_ids = ids.clone()
+    cuda.reroute(
+        torch.tensor([[0.5, 0.3, 0.9], [0.9, 0.8, 0.2]]),
+        new_ids,
+        cuda.sorted_neighbours(torch.ones(6, 6), 0.0),
+        num_experts=6,
+        primary_top_k=1,
+        new_ids=new_ids,
+    )
+    assert new_ids.tolist() == [[0, 0, 1_000_000], [2**31 - 1, -(2**31), 3]]
+
+
+def test_warm_up(shims, monkeypatch):
+    cuda.warm_up(CPU)
+    monkeypatch.setattr(cuda, "sorted_neighbours", lambda similarity, threshold: torch.zeros(60, 64, dtype=torch.int16))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    with pytest.raises(RuntimeError, match="wrong results on a GPU"):
+        cuda.warm_up(CPU)
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    num_experts=st.integers(1, 90),
+    levels=st.integers(1, 5),
+    threshold=st.floats(0, 1),
+    seed=st.integers(0, 1000),
+)
+def test_sorted_neighbours(num_experts, levels, threshold, seed):
+    generator = torch.Generator().manual_seed(seed)
+    similarity = (torch.rand(num_experts, num_experts, generator=generator) * levels).round() / levels
+    least = torch.tensor(threshold, dtype=torch.float32).item()
+    table = cuda.sorted_neighbours(similarity, threshold).tolist()
+    for expert, row in enumerate(table):
+        allowed = [other for other in range(num_experts) if other != expert and similarity[expert, other].item() >= least]
+        ranked = sorted(allowed, key=lambda other: (-similarity[expert, other].item(), other))
+        assert len(row) % 64 == 0
+        assert row == ranked + [expert] * (len(row) - len(ranked))
+
+
+def test_no_data_races():
+    """Real threads under the thread sanitizer: no access to shared memory without a barrier between."""
+    with cuda_on_cpu("-fsanitize=thread", "-DREAL_THREADS") as shims:
+        try:
+            cuda.warm_up(CPU)
+        except AssertionError as error:
+            if "unexpected memory mapping" in str(error):
+                pytest.skip("the thread sanitizer does not run on this kernel's memory layout")
+            raise
+        generator = torch.Generator().manual_seed(1)
+        for num_tokens, num_experts, top_k in [(40, 16, 4), (9, 30, 5), (70, 8, 8), (200, 12, 2)]:
+            scores = torch.rand(num_tokens, num_experts, generator=generator)
+            weights, ids = scores.topk(top_k)
+            roles = torch.randint(0, 3, (num_tokens,), generator=generator, dtype=torch.int8)
+            similarity = torch.rand(num_experts, num_experts, generator=generator)
+            step = Step(weights, ids, similarity, roles, primary_top_k=1, threshold=0.3)
+            check_reroute(step, dict(in_place=True, counted=True, left_alone=False, neutral=False), CPU)
+        for shim in shims:
+            report = shim.close()
+            assert "ThreadSanitizer" not in report, report
+
+
+def broken(tmp_path, monkeypatch, kernel_line, replacement):
+    """The kernels with one line changed."""
+    from tests.ops import shim
+
+    for source in shim.KERNELS.glob("*.cu"):
+        text = source.read_text()
+        if source.name == "reroute.cu":
+            assert text.count(kernel_line) == 1, f"{kernel_line!r} is no longer in the kernel"
+            text = text.replace(kernel_line, replacement)
+        (tmp_path / source.name).write_text(text)
+    monkeypatch.setattr(shim, "KERNELS", tmp_path)
+    monkeypatch.setattr(shim, "build", shim.build.__wrapped__)
+
+
+def test_the_sanitizers_see_what_they_are_for(tmp_path, monkeypatch):
+    """A kernel that reads one weight too far, and one in which a thread skips a barrier."""
+    changes = [
+        ("exists ? topk_weights[index] : 0", "exists ? topk_weights[index + 1] : 0", "heap-buffer-overflow"),
+        ("    if (idle) return;\n", "    if (thread == 7) return;\n", "divergence"),
+    ]
+    for number, (line, replacement, report) in enumerate(changes):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        with monkeypatch.context() as patch:
+            broken(folder, patch, line, replacement)
+            with cuda_on_cpu(*SANITIZERS), pytest.raises(AssertionError, match=report):
+                cuda.warm_up(CPU)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(topk_weights=torch.rand(4, 3, dtype=torch.float64)), "topk_weights must be contiguous torch.float32"),
+        (dict(topk_ids=torch.zeros(3, 4, dtype=torch.int32).T), "with strides"),
+        (dict(roles=torch.zeros(3, dtype=torch.int8)), r"roles must be contiguous torch.int8 \[4\]"),
+        (dict(num_experts=9), "neighbours must be those of 9 experts"),
+        (dict(num_experts=2000), "at most 1024 experts"),
+    ],
+)
+def test_refuses_what_the_kernel_cannot_read(change, message):
+    ids = torch.zeros(4, 3, dtype=torch.int32)
+    arguments = dict(
+        topk_weights=torch.rand(4, 3),
+        topk_ids=ids,
+        neighbours=cuda.sorted_neighbours(torch.rand(8, 8), 0.5),
+        num_experts=8,
+        primary_top_k=1,
+        new_ids=ids,
+    )
+    with pytest.raises(ValueError, match=message):
+        cuda.reroute(**{**arguments, **change})
