@@ -8,6 +8,7 @@ from typing import Any, get_args
 import torch
 
 from conf.schema import ConfigError, RerouteConfig
+from ops.cuda import MAX_EXPERTS, MAX_TOP_K
 from ops.token_roles import metadata_gives_roles
 
 
@@ -64,6 +65,15 @@ def refuse_router(runner: Any) -> None:
         raise ConfigError(
             f"{runner.layer_name} routes its shared experts together with the others: turn that fusion off "
             "(VLLM_ROCM_USE_AITER_FUSION_SHARED_EXPERTS=0)"
+        )
+
+
+def refuse_sizes(num_experts: int, top_k: int, layer_name: str) -> None:
+    """Refuse a layer that is larger than the CUDA kernel takes."""
+    if num_experts > MAX_EXPERTS or top_k > MAX_TOP_K:
+        raise ConfigError(
+            f"{layer_name} has {num_experts} experts and top_k {top_k}, the CUDA kernel takes at most {MAX_EXPERTS} and "
+            f"{MAX_TOP_K}: remove `sere` from additional_config"
         )
 
 

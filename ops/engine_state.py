@@ -8,7 +8,7 @@ from torch import Tensor
 
 from conf.schema import ConfigError, RerouteConfig
 from ops.digest import model_digest
-from ops.engine_checks import find_attention_layer, refuse_engine_modes, refuse_monolithic, refuse_router
+from ops.engine_checks import find_attention_layer, refuse_engine_modes, refuse_monolithic, refuse_router, refuse_sizes
 from ops.policies import POLICIES, LayerInfo, Policy, TopKPolicy
 from ops.similarity import SimilarityArtifact
 from ops.stats import CounterFile, count_step
@@ -160,6 +160,8 @@ class EngineState:
             renormalize=bool(renormalize),
             device=self.device,
         )
+        if self.device.type == "cuda" and self.config.policy != "top_k":
+            refuse_sizes(info.num_experts, info.top_k, runner.layer_name)
         similarity = None
         if self.artifact is not None:
             if not self.layers:

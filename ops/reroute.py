@@ -5,6 +5,7 @@ Same contract as `ops.reference.reroute_reference`, for use in compiled graphs: 
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ops.reference import DECODE, PREFILL
 
@@ -89,10 +90,58 @@ def _reroute_topk_cpu(
     reroutes = (best >= threshold).logical_and_(~primary)
     table = torch.where(reroutes, candidates[column], torch.arange(num_experts)).to(topk_ids.dtype)
     rerouted = table[topk_ids.clamp(min=0).flatten().long()].view_as(topk_ids)
-    secondary = (topk_ids >= 0).logical_and_(~votes)
+    # A slot that voted has a primary expert, which the table maps to itself.
+    changeable = topk_ids >= 0
     if roles is not None:
-        secondary.logical_and_((roles == DECODE).unsqueeze(1))
-    return torch.where(secondary, rerouted, topk_ids)
+        changeable.logical_and_((roles == DECODE).unsqueeze(1))
+    return torch.where(changeable, rerouted, topk_ids)
+
+
+_neighbours = WeakTensorKeyDictionary()
+"""Per similarity matrix: its contents' version, and what `ops.cuda.sorted_neighbours` made of it, by threshold."""
+
+
+def _neighbours_of(similarity: Tensor, threshold: float) -> Tensor:
+    from ops.cuda import sorted_neighbours
+
+    version = None if similarity.is_inference() else similarity._version
+    known_version, by_threshold = _neighbours.get(similarity, (version, {}))
+    if known_version != version:
+        by_threshold = {}
+    if threshold not in by_threshold:
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "re-route once with this similarity matrix and threshold before capturing a CUDA graph: its neighbours are "
+                "sorted at the first call"
+            )
+        by_threshold[threshold] = sorted_neighbours(similarity, threshold)
+        _neighbours[similarity] = version, by_threshold
+    return by_threshold[threshold]
+
+
+@torch.library.impl(_library, "reroute_topk", "CUDA")
+def _reroute_topk_cuda(
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    similarity: Tensor,
+    primary_top_k: int,
+    threshold: float,
+    roles: Tensor | None,
+) -> Tensor:
+    from ops.cuda import reroute
+
+    topk_ids = topk_ids.contiguous()
+    new_ids = torch.empty_like(topk_ids)
+    reroute(
+        topk_weights.float().contiguous() if topk_weights.dtype != torch.float64 else topk_weights,
+        topk_ids,
+        _neighbours_of(similarity, threshold),
+        num_experts=similarity.shape[0],
+        primary_top_k=primary_top_k,
+        new_ids=new_ids,
+        roles=None if roles is None else roles.contiguous(),
+    )
+    return new_ids
 
 
 @torch.library.register_fake("sere::reroute_topk", lib=_library)

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ops import cuda
+from ops import cuda, reroute
+from ops.reference import reroute_reference
 from tests.ops.kernel_checks import batches, check_reroute, check_token_roles, modes
 from tests.ops.shim import SANITIZERS, cuda_on_cpu, needs_compiler
 from tests.ops.strategies import Step, steps
@@ -48,6 +49,21 @@ def test_bounds(shims, num_tokens, num_experts, top_k, dtype):
         threshold=0.9,
     )
     check_reroute(step, dict(in_place=False, counted=True, left_alone=False, neutral=False), CPU)
+
+
+@settings(in_bounds, max_examples=200)
+@given(step=steps(max_tokens=40, max_experts=60))
+def test_what_the_custom_op_does_on_a_gpu(shims, step: Step):
+    """Twice: the second call takes the neighbours that the first one sorted."""
+    arguments = (step.topk_weights, step.topk_ids.T.contiguous().T, step.similarity)
+    settings_ = dict(primary_top_k=step.primary_top_k, threshold=step.threshold, roles=step.roles)
+    expected = reroute_reference(*arguments, **settings_)
+    for _ in range(2):
+        actual = reroute._reroute_topk_cuda(*arguments, *settings_.values())
+        assert torch.equal(actual, expected)
+    step.similarity.fill_(1)
+    expected = reroute_reference(*arguments, **settings_)
+    assert torch.equal(reroute._reroute_topk_cuda(*arguments, *settings_.values()), expected), "a changed matrix is sorted anew"
 
 
 @settings(in_bounds, max_examples=300)

@@ -1,6 +1,10 @@
 """Every reason to refuse is an error at engine start, with the remedy in the message."""
 
+import contextlib
 import dataclasses
+import re
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -88,9 +92,7 @@ def test_model_without_moe_layers(tmp_path):
     start({"policy": "random"}, "has no MoE layer that routes through", model=str(tmp_path))
 
 
-def fake_config(*, use_v2_model_runner=False, cudagraph_mode="FULL_AND_PIECEWISE", **parallel):
-    from vllm.config import CUDAGraphMode
-
+def fake_config(**parallel):
     defaults = dict(
         data_parallel_size=1,
         use_sequence_parallel_moe=False,
@@ -98,11 +100,7 @@ def fake_config(*, use_v2_model_runner=False, cudagraph_mode="FULL_AND_PIECEWISE
         use_ubatching=False,
         enable_dbo=False,
     )
-    return SimpleNamespace(
-        parallel_config=SimpleNamespace(**{**defaults, **parallel}),
-        compilation_config=SimpleNamespace(cudagraph_mode=CUDAGraphMode[cudagraph_mode]),
-        use_v2_model_runner=use_v2_model_runner,
-    )
+    return SimpleNamespace(parallel_config=SimpleNamespace(**{**defaults, **parallel}))
 
 
 @pytest.mark.parametrize(
@@ -112,7 +110,6 @@ def fake_config(*, use_v2_model_runner=False, cudagraph_mode="FULL_AND_PIECEWISE
         (dict(use_sequence_parallel_moe=True), "sequence-parallel MoE"),
         (dict(prefill_context_parallel_size=2), "prefill_context_parallel_size to 1"),
         (dict(enable_dbo=True), "enable_dbo to false"),
-        (dict(use_v2_model_runner=True), "VLLM_USE_V2_MODEL_RUNNER=0"),
     ],
 )
 def test_modes_that_hide_the_roles(parallel, message):
@@ -122,31 +119,64 @@ def test_modes_that_hide_the_roles(parallel, message):
         refuse_engine_modes(fake_config(**parallel), config, torch.device("cpu"))
 
 
-@pytest.mark.parametrize("mode", ["NONE", "PIECEWISE"])
-def test_v2_runner_without_full_graphs_is_fine(mode):
-    settings = fake_config(use_v2_model_runner=True, cudagraph_mode=mode)
-    refuse_engine_modes(settings, RerouteConfig(policy="random"), torch.device("cpu"))
-
-
 def test_names_of_the_modes_exist_in_vllm():
     """A renamed field of vLLM's must not turn a refusal off."""
-    from vllm.config import CUDAGraphMode, ParallelConfig, VllmConfig
+    from vllm.config import ParallelConfig
+    from vllm.v1.core.sched.output import SchedulerOutput
 
     names = {field.name for field in dataclasses.fields(ParallelConfig)}
     assert {"data_parallel_size", "prefill_context_parallel_size", "enable_dbo"} <= names
     assert isinstance(ParallelConfig.use_sequence_parallel_moe, property)
-    assert isinstance(VllmConfig.use_v2_model_runner, property)
-    assert {"FULL", "FULL_DECODE_ONLY", "FULL_AND_PIECEWISE"} <= set(CUDAGraphMode.__members__)
+    assert "total_num_scheduled_tokens" in {field.name for field in dataclasses.fields(SchedulerOutput)}
+
+
+def test_v2_model_runner_is_what_the_plugin_wraps():
+    """Read from the source: importing that runner needs more than a CPU machine has in some vLLM versions."""
+    import vllm
+
+    folder = Path(vllm.__file__).parent / "v1" / "worker" / "gpu"
+    runner, graphs = ((folder / name).read_text() for name in ("model_runner.py", "cudagraph_utils.py"))
+    assert re.search(r"^class GPUModelRunner\b.*?^    def prepare_attn\(\s*self, input_batch: InputBatch", runner, re.M | re.S)
+    assert "self.cudagraph_manager.run_fullgraph(" in runner and "self.cudagraph_manager = ModelCudaGraphManager(" in runner
+    assert re.search(r"^class ModelCudaGraphManager\b.*?^    def run_fullgraph\(", graphs, re.M | re.S)
 
 
 def test_device_without_a_kernel():
     for policy, refused in (("random", True), ("sere", True), ("none", False), ("top_k", False)):
         config = RerouteConfig(policy=policy, similarity="x")
+        refuse_engine_modes(fake_config(), config, torch.device("cuda"))
         if refused:
-            with pytest.raises(ConfigError, match="no kernel for cuda"):
-                refuse_engine_modes(fake_config(), config, torch.device("cuda"))
+            with pytest.raises(ConfigError, match="no kernel for xpu"):
+                refuse_engine_modes(fake_config(), config, torch.device("xpu"))
         else:
-            refuse_engine_modes(fake_config(), config, torch.device("cuda"))
+            refuse_engine_modes(fake_config(), config, torch.device("xpu"))
+
+
+def test_gpu_without_cupy(monkeypatch):
+    """The error a GPU engine starts with where CuPy is missing, or NVRTC is."""
+    from ops import cuda
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    compile_fresh = cuda.compiled.__wrapped__
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    with pytest.raises(ConfigError, match=r"needs CuPy.*pip install 'cupy-cuda13x\[ctk\]"):
+        compile_fresh("reroute.cu", "sere_reroute", (), 0)
+
+    class NoNvrtc:
+        class cuda:
+            Device = staticmethod(lambda index: contextlib.nullcontext())
+
+        @staticmethod
+        def RawModule(**arguments):
+            raise RuntimeError("CuPy failed to load libnvrtc.so.13")
+
+    monkeypatch.setitem(sys.modules, "cupy", NoNvrtc)
+    with pytest.raises(ConfigError, match=r"NVRTC is missing.*libnvrtc.so.13.*pip install 'cupy-cuda13x"):
+        compile_fresh("reroute.cu", "sere_reroute", (), 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    with pytest.raises(ConfigError, match=r"compute capability 8\.0.*Tesla T4 has 7\.5"):
+        compile_fresh("reroute.cu", "sere_reroute", (), 0)
 
 
 def test_routers_that_cannot_be_followed():

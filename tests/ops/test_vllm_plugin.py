@@ -9,10 +9,13 @@ import textwrap
 import pytest
 import torch
 
+from ops import cuda
+from ops.engine_state import ENGINE_STATES
 from ops.reference import DECODE, PADDING, PREFILL, reroute_reference
 from ops.stats import read_counters
 from tests.conftest import DEMO_MODEL
 from tests.ops.engines import PROMPTS, core, engine, greedy, moe_layers, tokens
+from tests.ops.shim import SANITIZERS, cuda_on_cpu, needs_compiler
 
 SERE = {"policy": "sere", "metric": "cosine", "primary_top_k": 1, "threshold": 0.5}
 
@@ -147,6 +150,48 @@ def test_ids_at_the_experts_are_the_references(unpatched, demo_artifact, tmp_pat
         if left_alone == 0:
             assert layer.counts["decode_rows"] == sum(rows)
         assert 0 < layer.counts["active_experts_after"] < layer.counts["active_experts_before"]
+
+
+@needs_compiler
+@pytest.mark.parametrize("policy", ["none", "sere", "random"])
+def test_the_cuda_kernel_in_an_engine(demo_artifact, policy, tmp_path):
+    """The same engine twice: with torch's operations, and with the kernel (on the CPU) launched as on a GPU."""
+    results = []
+    for kernel in (False, True):
+        folder = tmp_path / str(kernel)
+        settings = {**SERE, "policy": policy, "similarity": str(demo_artifact), "stats_dir": str(folder)}
+        with cuda_on_cpu(*SANITIZERS) as shims, engine(settings) as llm:
+            for runner in moe_layers(llm).values():
+                layer = runner.sere_layer
+                layer.uses_kernel = kernel
+                if kernel and policy != "none":
+                    layer.policy.neighbours = cuda.sorted_neighbours(layer.policy.similarity, layer.policy.threshold)
+            outputs = tokens(llm.generate(PROMPTS, greedy(), use_tqdm=False))
+            assert (sum(shim.num_launches for shim in shims) > 100) == kernel
+        results.append((outputs, read_counters(folder)))
+    assert results[0] == results[1]
+    assert results[0][1][0].counts["steps"] > 20
+
+
+def test_a_step_without_roles_is_an_error(monkeypatch):
+    """As if a model runner had a way to run a step that the plugin does not see."""
+    with engine({"policy": "random"}) as llm:
+        state = ENGINE_STATES[id(core(llm).vllm_config.compilation_config.static_forward_context)]
+        monkeypatch.setattr(state, "begin_step", lambda attn_metadata: None)
+        with pytest.raises(RuntimeError, match="nothing was re-routed.*VLLM_USE_V2_MODEL_RUNNER=0"):
+            llm.generate(PROMPTS[:1], greedy(), use_tqdm=False)
+        state.query_start_loc = torch.tensor([0, 1, 2, 3, 4, 9], dtype=torch.int32)
+        state.begin_replay()
+        assert state.roles.roles[:10].tolist() == [DECODE] * 4 + [PREFILL] * 5 + [PADDING]
+
+
+def test_nothing_to_do_costs_nothing(monkeypatch):
+    """No counters asked for, and every slot votes: the layers and the roles are not touched."""
+    with engine({"policy": "random", "primary_top_k": 8}) as llm:
+        state = ENGINE_STATES[id(core(llm).vllm_config.compilation_config.static_forward_context)]
+        assert not state.has_work
+        monkeypatch.setattr(state.roles, "fill", lambda starts: pytest.fail("roles were filled"))
+        llm.generate(PROMPTS[:4], greedy(), use_tqdm=False)
 
 
 @pytest.mark.parametrize("policy", ["none", "sere"])
