@@ -20,6 +20,7 @@ MAX_EXPERTS, MAX_TOP_K = 1024, 32
 _MAX_THREADS, _WARP = 1024, 32
 _LANES_PER_SEARCH, _NEIGHBOURS_PER_SEARCH = 8, 64
 _MIN_COMPUTE_CAPABILITY = (8, 0)
+COMPILE_OPTIONS = ("--std=c++17",)
 _KERNELS = Path(__file__).parent / "kernels"
 
 
@@ -55,7 +56,7 @@ def compiled(source: str, kernel: str, options: tuple[str, ...], device_index: i
     code = (_KERNELS / source).read_text()
     try:
         with cupy.cuda.Device(device_index):
-            function = cupy.RawModule(code=code, options=("--std=c++17", *options)).get_function(kernel)
+            function = cupy.RawModule(code=code, options=(*COMPILE_OPTIONS, *options)).get_function(kernel)
             # Compiles, or takes what an earlier process compiled from CuPy's cache.
             function.compile()
     except (ImportError, OSError, RuntimeError) as error:

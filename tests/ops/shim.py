@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import os
 import shutil
 import struct
 import subprocess
@@ -40,9 +41,10 @@ class Shim:
     """Launches of one build. Speaks the protocol of serve.cpp."""
 
     def __init__(self, *flags: str) -> None:
-        self._process = subprocess.Popen(
-            [build(*flags)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        )
+        # vLLM preloads libraries into its children, before which the sanitizers' own would have to come.
+        environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        self._process = subprocess.Popen([build(*flags)], env=environment, **pipes)
         self._seeds = itertools.count()
         self.num_launches = 0
 
