@@ -43,9 +43,10 @@ def compiled(source: str, kernel: str, options: tuple[str, ...], device_index: i
     """
     capability = torch.cuda.get_device_capability(device_index)
     if torch.version.hip is not None or capability < _MIN_COMPUTE_CAPABILITY:
+        name = torch.cuda.get_device_name(device_index)
         raise ConfigError(
-            f"re-routing needs an NVIDIA GPU of compute capability 8.0 (Ampere) or newer, {torch.cuda.get_device_name(device_index)}"
-            f" has {'.'.join(map(str, capability))}: use another GPU, or policy 'none' or 'top_k'"
+            f"re-routing needs an NVIDIA GPU of compute capability 8.0 (Ampere) or newer, {name} has "
+            f"{'.'.join(map(str, capability))}: use another GPU, or remove `sere` from additional_config"
         )
     try:
         import cupy
@@ -62,7 +63,7 @@ def compiled(source: str, kernel: str, options: tuple[str, ...], device_index: i
     except (ImportError, OSError, RuntimeError) as error:
         # CuPy loads NVRTC when it first compiles.
         raise ConfigError(
-            f"{source} could not be compiled: NVRTC is missing or does not fit ({type(error).__name__}: {error}): "
+            f"{source} could not be compiled ({type(error).__name__}: {error}). If NVRTC is missing or does not fit: "
             f"{install_line()}"
         ) from error
 
@@ -184,11 +185,8 @@ def reroute(
     options = ("-DTOPK_INT64",) if topk_ids.dtype == torch.int64 else ()
     kernel = compiled("reroute.cu", "sere_reroute", options, topk_ids.device.index or 0)
     width = 0 if neighbours is None else neighbours.shape[1]
-    kernel(
-        num_threads,
-        (topk_weights, topk_ids, new_ids, roles, step, neighbours, counters)
-        + (num_tokens, top_k, num_experts, primary_top_k, width),
-    )
+    tensors = (topk_weights, topk_ids, new_ids, roles, step, neighbours, counters)
+    kernel(num_threads, (*tensors, num_tokens, top_k, num_experts, primary_top_k, width))
 
 
 def fill_roles(

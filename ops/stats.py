@@ -1,6 +1,6 @@
 """Counters of what re-routing did, per MoE layer: accumulated where the op runs, readable from another process, crash-safe.
 
-A worker's counters live in one int64 `[num_layers, len(COUNTERS)]` tensor. On the CPU that tensor is a memory-mapped file (every
+A worker's counters live in one int64 `[num_layers, len(COUNTERS)]` tensor. On the CPU that tensor is a memory-mapped file (each
 count is on disk the moment it is made, however the process ends); from a GPU it is copied to one every few seconds and at
 shutdown. A JSON file beside it names the layers.
 """

@@ -178,7 +178,7 @@ def test_a_step_without_roles_is_an_error(monkeypatch):
     with engine({"policy": "random"}) as llm:
         state = ENGINE_STATES[id(core(llm).vllm_config.compilation_config.static_forward_context)]
         monkeypatch.setattr(state, "begin_step", lambda attn_metadata: None)
-        with pytest.raises(RuntimeError, match="nothing was re-routed.*VLLM_USE_V2_MODEL_RUNNER=0"):
+        with pytest.raises(RuntimeError, match=r"nothing was re-routed.*VLLM_USE_V2_MODEL_RUNNER=0"):
             llm.generate(PROMPTS[:1], greedy(), use_tqdm=False)
         state.query_start_loc = torch.tensor([0, 1, 2, 3, 4, 9], dtype=torch.int32)
         state.begin_replay()
