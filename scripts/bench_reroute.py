@@ -1,29 +1,191 @@
-"""Time of re-routing one layer's step on the CPU, beside the layer it belongs to.
+"""Time of re-routing one step of one layer, on a GPU or on the CPU.
 
-    python scripts/bench_reroute.py [--tokens 64] [--experts 128] [--top-k 8] [--json FILE]
+    python scripts/bench_reroute.py [--out docs/benchmarks/reroute-...]
 
-Refuses to print a time unless the op equals the reference on the very inputs it times. The layer is a float32 MoE layer of
-the given sizes, as Transformers computes it on the CPU (grouped matrix products over the selected experts).
+On a GPU: time per launch inside a CUDA graph of 48 launches (48 layers, each with its own inputs and similarity), for a grid of
+step sizes and layer shapes, beside an empty kernel (what any launch costs) and beside the paper's recipe in torch operations.
+On the CPU: one step, beside the experts of the layer it belongs to, as Transformers computes them in float32.
+
+Nothing is timed whose result on the very inputs it is timed with differs from the reference.
 """
 
 import argparse
+import itertools
 import json
 import platform
 import subprocess
 import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import Qwen3MoeConfig
-from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+from torch import Tensor
 
 from ops.reference import DECODE, reroute_reference
 from ops.reroute import reroute_topk
 from ops.stats import COUNTERS, count_step
 
+NUM_LAYERS = 48
+SHAPES = [(60, 4), (64, 6), (128, 8), (256, 8), (512, 10)]
+NUM_TOKENS = [1, 8, 16, 32, 64, 128, 256]
+THRESHOLD = 0.5
+
+
+def summary(times_us: list[float]) -> dict[str, float]:
+    """Median, 20th and 80th percentile."""
+    p20, median, p80 = torch.tensor(times_us).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
+    return {"median_us": round(median, 3), "p20_us": round(p20, 3), "p80_us": round(p80, 3)}
+
+
+def draw(num_tokens: int, num_experts: int, top_k: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights, ids and similarity of a step: softmax top-k of random logits, a drawn symmetric matrix."""
+    logits = torch.randn(num_tokens, num_experts, generator=generator)
+    weights, ids = logits.softmax(-1).topk(top_k)
+    similarity = torch.rand(num_experts, num_experts, generator=generator)
+    similarity = torch.maximum(similarity, similarity.T).fill_diagonal_(1)
+    return weights / weights.sum(-1, keepdim=True), ids.int(), similarity
+
+
+def recipe(weights: Tensor, ids: Tensor, similarity: Tensor, primary_top_k: int) -> Tensor:
+    """The paper's steps in torch operations: clear a mask, scatter, masked argmax, gather, casts. Slots must be sorted."""
+    num_experts = similarity.shape[0]
+    mask = torch.zeros(num_experts, dtype=torch.bool, device=ids.device)
+    mask.scatter_(0, ids[:, :primary_top_k].flatten().long(), True)
+    best, replacement = similarity.masked_fill(~mask, -1).max(dim=1)
+    own = torch.arange(num_experts, device=ids.device)
+    table = torch.where(mask | (best < THRESHOLD), own, replacement)
+    return table[ids.long()].int()
+
+
+def time_graph(body: Callable[[], None], repeats: int) -> dict[str, float]:
+    """Microseconds per layer of `body`, which handles all layers, inside a CUDA graph."""
+    body()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        body()
+    times = []
+    for repeat in range(repeats + 10):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        if repeat >= 10:
+            times.append(start.elapsed_time(end) * 1e3 / NUM_LAYERS)
+    return summary(times)
+
+
+def empty_kernel(device: torch.device) -> Callable[[], None]:
+    """Launches of a kernel that does nothing, through the same code as the real one's."""
+    import cupy
+
+    from ops.cuda import _cupy_stream
+
+    function = cupy.RawModule(code='extern "C" __global__ void empty() {}').get_function("empty")
+
+    def launch() -> None:
+        with _cupy_stream(cupy, device.index):
+            for _ in range(NUM_LAYERS):
+                function((1,), (32,), ())
+
+    return launch
+
+
+def bench_shape(
+    num_tokens: int, num_experts: int, top_k: int, primary_top_k: int, *, device: torch.device, repeats: int
+) -> dict[str, Any]:
+    """The kernel, the kernel with counters, and the recipe, on the same inputs."""
+    from ops import cuda
+
+    generator = torch.Generator().manual_seed(num_tokens)
+    layers = [draw(num_tokens, num_experts, top_k, generator) for _ in range(NUM_LAYERS)]
+    weights, ids, similarity = ([tensor.to(device) for tensor in kind] for kind in zip(*layers, strict=True))
+    neighbours = [cuda.sorted_neighbours(matrix, THRESHOLD) for matrix in similarity]
+    new_ids = [torch.full_like(tensor, -77) for tensor in ids]
+    recipe_ids: list[Tensor | None] = [None] * NUM_LAYERS
+    roles = torch.full((num_tokens,), DECODE, dtype=torch.int8, device=device)
+    step = torch.tensor([num_tokens, num_tokens, 1], device=device)
+    counters = torch.zeros(NUM_LAYERS, len(COUNTERS), dtype=torch.int64, device=device)
+
+    def launch(counted: bool) -> None:
+        for layer in range(NUM_LAYERS):
+            cuda.reroute(
+                weights[layer],
+                ids[layer],
+                neighbours[layer],
+                num_experts=num_experts,
+                primary_top_k=primary_top_k,
+                new_ids=new_ids[layer],
+                roles=roles,
+                step=step,
+                counters=counters[layer] if counted else None,
+            )
+
+    def run_recipe() -> None:
+        for layer in range(NUM_LAYERS):
+            recipe_ids[layer] = recipe(weights[layer], ids[layer], similarity[layer], primary_top_k)
+
+    times = {
+        "kernel": time_graph(lambda: launch(False), repeats),
+        "kernel, counting": time_graph(lambda: launch(True), repeats),
+        "recipe": time_graph(run_recipe, repeats),
+    }
+    for layer in (0, NUM_LAYERS - 1):
+        expected = reroute_reference(*layers[layer], primary_top_k=primary_top_k, threshold=THRESHOLD)
+        for name, result in (("kernel", new_ids[layer]), ("recipe", recipe_ids[layer])):
+            if not torch.equal(result.cpu(), expected):
+                raise SystemExit(
+                    f"the {name} differs from the reference at T={num_tokens} E={num_experts}: no time is reported"
+                )
+    return times
+
+
+def bench_gpu(repeats: int) -> dict[str, Any]:
+    from ops import cuda
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    cuda.warm_up(device)
+    floor = time_graph(empty_kernel(device), repeats)
+    print(f"empty kernel: {floor['median_us']:.2f} us ({floor['p20_us']:.2f} to {floor['p80_us']:.2f})", flush=True)
+    rows = []
+    for (num_experts, top_k), primary_top_k, num_tokens in itertools.product(SHAPES, (1, 2), NUM_TOKENS):
+        row: dict[str, Any] = dict(num_experts=num_experts, top_k=top_k, primary_top_k=primary_top_k, num_tokens=num_tokens)
+        row |= bench_shape(num_tokens, num_experts, top_k, primary_top_k, device=device, repeats=repeats)
+        rows.append(row)
+        print(
+            f"E={num_experts} K={top_k} S={primary_top_k} T={num_tokens}: {row['kernel']['median_us']:.2f} us, counting "
+            f"{row['kernel, counting']['median_us']:.2f}, recipe {row['recipe']['median_us']:.2f}",
+            flush=True,
+        )
+    return {"empty kernel": floor, "rows": rows}
+
+
+def gpu_table(results: dict[str, Any]) -> list[str]:
+    floor = results["empty kernel"]["median_us"]
+    lines = [
+        f"Empty kernel: {floor:.2f} us ({results['empty kernel']['p20_us']:.2f} to {results['empty kernel']['p80_us']:.2f}).",
+        "",
+        "| E, K | S | T | kernel, us (p20 to p80) | with counters | times the empty kernel | recipe, us | recipe / kernel |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in results["rows"]:
+        kernel, median = row["kernel"], row["kernel"]["median_us"]
+        cells = [
+            f"{row['num_experts']}, {row['top_k']}",
+            f"{row['primary_top_k']}",
+            f"{row['num_tokens']}",
+            f"{median:.2f} ({kernel['p20_us']:.2f} to {kernel['p80_us']:.2f})",
+            f"{row['kernel, counting']['median_us']:.2f}",
+            f"{median / floor:.2f}",
+            f"{row['recipe']['median_us']:.2f}",
+            f"{row['recipe']['median_us'] / median:.1f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
 
 def measure(function: Callable[[], object], repeats: int) -> dict[str, float]:
-    """Median, 20th and 80th percentile in microseconds, after a warm-up."""
     for _ in range(max(3, repeats // 10)):
         function()
     times = []
@@ -31,35 +193,20 @@ def measure(function: Callable[[], object], repeats: int) -> dict[str, float]:
         started = time.perf_counter()
         function()
         times.append((time.perf_counter() - started) * 1e6)
-    p20, median, p80 = torch.tensor(times).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
-    return {"median_us": round(median, 1), "p20_us": round(p20, 1), "p80_us": round(p80, 1)}
+    return summary(times)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--experts", type=int, default=128)
-    parser.add_argument("--top-k", type=int, default=8)
-    parser.add_argument("--primary-top-k", type=int, default=2)
-    parser.add_argument("--hidden", type=int, default=2048)
-    parser.add_argument("--intermediate", type=int, default=768)
-    parser.add_argument("--repeats", type=int, default=200)
-    parser.add_argument("--json", help="also write the numbers to this file")
-    args = parser.parse_args()
+def bench_cpu(args: argparse.Namespace) -> dict[str, Any]:
+    from transformers import Qwen3MoeConfig
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
     generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(args.tokens, args.experts, generator=generator)
-    weights, ids = logits.softmax(-1).topk(args.top_k)
-    weights, ids = weights / weights.sum(-1, keepdim=True), ids.int()
-    similarity = torch.rand(args.experts, args.experts, generator=generator)
-    similarity = torch.maximum(similarity, similarity.T).fill_diagonal_(1)
+    weights, ids, similarity = draw(args.tokens, args.experts, args.top_k, generator)
     roles = torch.full((args.tokens,), DECODE, dtype=torch.int8)
-    settings = dict(primary_top_k=args.primary_top_k, threshold=0.5, roles=roles)
-
+    settings = dict(primary_top_k=args.primary_top_k, threshold=THRESHOLD, roles=roles)
     new_ids = reroute_topk(weights, ids, similarity, **settings)
     if not torch.equal(new_ids, reroute_reference(weights, ids, similarity, **settings)):
-        raise SystemExit("the op differs from the reference on these inputs: no time is printed")
-
+        raise SystemExit("the op differs from the reference on these inputs: no time is reported")
     counters, num_decode = torch.zeros(len(COUNTERS), dtype=torch.int64), torch.tensor(args.tokens)
 
     def count() -> None:
@@ -85,26 +232,60 @@ def main() -> None:
     for parameter in experts.parameters():
         parameter.normal_(std=0.02, generator=generator)
     hidden = torch.randn(args.tokens, args.hidden, generator=generator)
-
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     with torch.inference_mode():
-        results = {
+        rows = {
             "re-route": measure(lambda: reroute_topk(weights, ids, similarity, **settings), args.repeats),
             "count": measure(count, args.repeats),
             "experts of the layer, as routed": measure(lambda: experts(hidden, ids.long(), weights), args.repeats // 10),
             "experts of the layer, re-routed": measure(lambda: experts(hidden, new_ids.long(), weights), args.repeats // 10),
         }
-    machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, commit {commit}"
-    print(f"T={args.tokens} E={args.experts} K={args.top_k} S={args.primary_top_k}; {machine}")
-    print(f"active experts {ids.unique().numel()} -> {new_ids.unique().numel()}")
-    print(f"{'':34} {'median':>10} {'p20':>10} {'p80':>10}  us")
-    for name, numbers in results.items():
-        print(f"{name:34} {numbers['median_us']:10.1f} {numbers['p20_us']:10.1f} {numbers['p80_us']:10.1f}")
-    share = results["re-route"]["median_us"] / results["experts of the layer, as routed"]["median_us"]
-    print(f"re-routing takes {share:.2%} of the layer's experts")
-    if args.json:
-        with open(args.json, "w") as file:
-            json.dump({"arguments": vars(args), "machine": machine, "results": results}, file, indent=1)
+    return {"rows": rows, "active_experts": [ids.unique().numel(), new_ids.unique().numel()]}
+
+
+def cpu_table(results: dict[str, Any], args: argparse.Namespace) -> list[str]:
+    rows, (before, after) = results["rows"], results["active_experts"]
+    lines = [
+        f"T={args.tokens} E={args.experts} K={args.top_k} S={args.primary_top_k}; active experts {before} -> {after}",
+        "",
+        "| | median, us | p20 | p80 |",
+        "|---|---:|---:|---:|",
+        *(f"| {name} | {t['median_us']:,.1f} | {t['p20_us']:,.1f} | {t['p80_us']:,.1f} |" for name, t in rows.items()),
+        "",
+        f"Re-routing takes {rows['re-route']['median_us'] / rows['experts of the layer, as routed']['median_us']:.2%} of the "
+        "layer's experts.",
+    ]
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--repeats", type=int, default=200)
+    parser.add_argument("--out", type=Path, help="write OUT.json and OUT.md")
+    for name, default in (("tokens", 64), ("experts", 128), ("top-k", 8), ("primary-top-k", 2)):
+        parser.add_argument(f"--{name}", type=int, default=default, help="CPU only")
+    parser.add_argument("--hidden", type=int, default=2048, help="CPU only: of the layer beside it")
+    parser.add_argument("--intermediate", type=int, default=768, help="CPU only: of the layer beside it")
+    args = parser.parse_args()
+    if args.device == "cuda":
+        import cupy
+
+        results = bench_gpu(args.repeats)
+        table, name = gpu_table(results), f"{torch.cuda.get_device_name()}, CuPy {cupy.__version__}"
+    else:
+        results = bench_cpu(args)
+        table, name = cpu_table(results, args), f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    machine = f"{name}, torch {torch.__version__}, Python {platform.python_version()}, commit {commit or 'unknown'}"
+    text = "\n".join([machine, "", *table])
+    print(text)
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments = {key: str(value) for key, value in vars(args).items()}
+        args.out.with_suffix(".json").write_text(
+            json.dumps({"machine": machine, "arguments": arguments, "results": results}, indent=1)
+        )
+        args.out.with_suffix(".md").write_text(text + "\n")
 
 
 if __name__ == "__main__":
