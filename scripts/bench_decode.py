@@ -7,8 +7,8 @@ One engine and one set of weights for all variants, timed in turn, so that they 
 has its own CUDA graphs. If capturing several sets fails, give one variant at a time.
 
 Variants: the routers without the plugin; then, for each S, the plugin with primary_top_k = S (at S = top_k it has nothing to
-do), and the same with counters. The policy is `random` with its seeded similarity and threshold 0: the code path of `sere`, with
-an artifact that needs no calibration and re-routes everything. Routing is the softmax top-k of random logits: as spread out
+do), and the same with counters. The policy is `random`, with its seeded similarity and threshold 0: the code path of `sere`
+without an artifact, re-routing all it can. Routing is the softmax top-k of random logits: as spread out
 as it can be. Weights are dummies, so this says nothing about quality: the demo does (docs/benchmarks/demo-quality.md).
 """
 
@@ -337,7 +337,7 @@ def main() -> None:
         machine,
         "",
         f"Shape: {sizes}, top-{TOP_K}. {args.steps} tokens per sequence, {len(times[NO_PLUGIN, args.batches[0]])} repetitions.",
-        f"Step time: {'inside CUDA graphs (wall time in brackets)' if GPU else 'wall time'}, median (p20 to p80), milliseconds.",
+        f"Step: {'inside CUDA graphs (wall time in brackets)' if GPU else 'wall time'}, median (p20 to p80), milliseconds.",
         "Speed-up: against no plugin in the same repetition. Roofline: what the bytes of the experts saved would give.",
         "",
         "| batch | variant | active experts | step, ms | speed-up (p20 to p80) | roofline | share of it |",
@@ -350,7 +350,8 @@ def main() -> None:
         share = f"{speed['median'] / row['roofline_speed_up']:.0%}" if "roofline_speed_up" in row else ""
         wall = f" [{row['wall_ms']['median']:.2f}]" if GPU else ""
         lines.append(
-            f"| {row['batch']} | {row['variant']} | {experts} | {step['median']:.2f} ({step['p20']:.2f} to {step['p80']:.2f}){wall} "
+            f"| {row['batch']} | {row['variant']} | {experts} "
+            f"| {step['median']:.2f} ({step['p20']:.2f} to {step['p80']:.2f}){wall} "
             f"| {speed['median']:.3f}x ({speed['p20']:.3f} to {speed['p80']:.3f}) | {roofline} | {share} |"
         )
     print("\n".join(lines))
