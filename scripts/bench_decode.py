@@ -17,9 +17,7 @@ import dataclasses
 import itertools
 import json
 import os
-import platform
 import statistics
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable
@@ -27,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from benchmark import environment, report, spread, summary
 
 GPU = torch.cuda.is_available()
 # The V1 runner keeps its graphs where a variant's own set can be put in their place.
@@ -263,11 +262,6 @@ class Bench:
         )
 
 
-def summary(values: list[float]) -> dict[str, float]:
-    p20, median, p80 = torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.2, 0.5, 0.8]).double()).tolist()
-    return {"median": median, "p20": p20, "p80": p80}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     integers = lambda text: [int(part) for part in text.split(",")]  # noqa: E731
@@ -326,12 +320,7 @@ def main() -> None:
             row |= {"active_before": before, "active_after": after, "roofline_speed_up": baseline_ms / (baseline_ms - saved_ms)}
         rows.append(row)
 
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    name = torch.cuda.get_device_name() if GPU else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    machine = (
-        f"{name}, copy bandwidth {bandwidth / 1e9:.0f} GB/s, vLLM {vllm.__version__}, torch {torch.__version__}, "
-        f"Python {platform.python_version()}, commit {commit or 'unknown'}"
-    )
+    machine = environment(f"copy bandwidth {bandwidth / 1e9:.0f} GB/s", f"vLLM {vllm.__version__}")
     sizes = ", ".join(f"{key} {value}" for key, value in shape.items())
     lines = [
         machine,
@@ -351,17 +340,9 @@ def main() -> None:
         wall = f" [{row['wall_ms']['median']:.2f}]" if GPU else ""
         lines.append(
             f"| {row['batch']} | {row['variant']} | {experts} "
-            f"| {step['median']:.2f} ({step['p20']:.2f} to {step['p80']:.2f}){wall} "
-            f"| {speed['median']:.3f}x ({speed['p20']:.3f} to {speed['p80']:.3f}) | {roofline} | {share} |"
+            f"| {spread(step)}{wall} | {spread(speed, 3)} | {roofline} | {share} |"
         )
-    print("\n".join(lines))
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments = {key: str(value) for key, value in vars(args).items()}
-        args.out.with_suffix(".json").write_text(
-            json.dumps({"machine": machine, "shape": shape, "arguments": arguments, "rows": rows}, indent=1)
-        )
-        args.out.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    report("Decode steps", lines, args.out, environment=machine, shape=shape, rows=rows)
     # Ending the engine politely takes longer than the operating system needs.
     os._exit(0)
 

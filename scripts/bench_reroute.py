@@ -11,15 +11,13 @@ Nothing is timed whose result on the very inputs it is timed with differs from t
 
 import argparse
 import itertools
-import json
-import platform
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from benchmark import environment, report, spread, summary
 from torch import Tensor
 
 from ops.reference import DECODE, reroute_reference
@@ -30,12 +28,6 @@ NUM_LAYERS = 48
 SHAPES = [(60, 4), (64, 6), (128, 8), (256, 8), (512, 10)]
 NUM_TOKENS = [1, 8, 16, 32, 64, 128, 256]
 THRESHOLD = 0.5
-
-
-def summary(times_us: list[float]) -> dict[str, float]:
-    """Median, 20th and 80th percentile."""
-    p20, median, p80 = torch.tensor(times_us).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
-    return {"median_us": round(median, 3), "p20_us": round(p20, 3), "p80_us": round(p80, 3)}
 
 
 def draw(num_tokens: int, num_experts: int, top_k: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
@@ -147,39 +139,42 @@ def bench_gpu(repeats: int) -> dict[str, Any]:
     device = torch.device("cuda", torch.cuda.current_device())
     cuda.warm_up(device)
     floor = time_graph(empty_kernel(device), repeats)
-    print(f"empty kernel: {floor['median_us']:.2f} us ({floor['p20_us']:.2f} to {floor['p80_us']:.2f})", flush=True)
+    print(f"empty kernel: {spread(floor)} us", flush=True)
     rows = []
     for (num_experts, top_k), primary_top_k, num_tokens in itertools.product(SHAPES, (1, 2), NUM_TOKENS):
         row: dict[str, Any] = dict(num_experts=num_experts, top_k=top_k, primary_top_k=primary_top_k, num_tokens=num_tokens)
         row |= bench_shape(num_tokens, num_experts, top_k, primary_top_k, device=device, repeats=repeats)
         rows.append(row)
         print(
-            f"E={num_experts} K={top_k} S={primary_top_k} T={num_tokens}: {row['kernel']['median_us']:.2f} us, counting "
-            f"{row['kernel, counting']['median_us']:.2f}, recipe {row['recipe']['median_us']:.2f}",
+            f"E={num_experts} K={top_k} S={primary_top_k} T={num_tokens}: {row['kernel']['median']:.2f} us, counting "
+            f"{row['kernel, counting']['median']:.2f}, recipe {row['recipe']['median']:.2f}",
             flush=True,
         )
     return {"empty kernel": floor, "rows": rows}
 
 
 def gpu_table(results: dict[str, Any]) -> list[str]:
-    floor = results["empty kernel"]["median_us"]
+    floor = results["empty kernel"]["median"]
     lines = [
-        f"Empty kernel: {floor:.2f} us ({results['empty kernel']['p20_us']:.2f} to {results['empty kernel']['p80_us']:.2f}).",
+        f"One step of one layer: T tokens, E experts, top-K, primary_top_k S, threshold {THRESHOLD}. "
+        f"Microseconds per launch in a CUDA graph of {NUM_LAYERS}: median (p20 to p80). Checked against the reference first.",
+        "",
+        f"Empty kernel: {spread(results['empty kernel'])}.",
         "",
         "| E, K | S | T | kernel, us (p20 to p80) | with counters | times the empty kernel | recipe, us | recipe / kernel |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for row in results["rows"]:
-        kernel, median = row["kernel"], row["kernel"]["median_us"]
+        kernel, median = row["kernel"], row["kernel"]["median"]
         cells = [
             f"{row['num_experts']}, {row['top_k']}",
             f"{row['primary_top_k']}",
             f"{row['num_tokens']}",
-            f"{median:.2f} ({kernel['p20_us']:.2f} to {kernel['p80_us']:.2f})",
-            f"{row['kernel, counting']['median_us']:.2f}",
+            spread(kernel),
+            f"{row['kernel, counting']['median']:.2f}",
             f"{median / floor:.2f}",
-            f"{row['recipe']['median_us']:.2f}",
-            f"{row['recipe']['median_us'] / median:.1f}",
+            f"{row['recipe']['median']:.2f}",
+            f"{row['recipe']['median'] / median:.1f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
@@ -244,17 +239,19 @@ def bench_cpu(args: argparse.Namespace) -> dict[str, Any]:
 
 def cpu_table(results: dict[str, Any], args: argparse.Namespace) -> list[str]:
     rows, (before, after) = results["rows"], results["active_experts"]
-    lines = [
-        f"T={args.tokens} E={args.experts} K={args.top_k} S={args.primary_top_k}; active experts {before} -> {after}",
+    share = rows["re-route"]["median"] / rows["experts of the layer, as routed"]["median"]
+    return [
+        f"One step of one layer: {args.tokens} tokens, {args.experts} experts, top-{args.top_k}, S={args.primary_top_k}, "
+        f"threshold {THRESHOLD}. Active experts {before} -> {after}. Checked against the reference first.",
+        f"The layer: hidden {args.hidden}, intermediate {args.intermediate}, float32, as Transformers computes it. "
+        f"{args.repeats} repeats, a tenth for the layer.",
         "",
-        "| | median, us | p20 | p80 |",
-        "|---|---:|---:|---:|",
-        *(f"| {name} | {t['median_us']:,.1f} | {t['p20_us']:,.1f} | {t['p80_us']:,.1f} |" for name, t in rows.items()),
+        "| | microseconds: median (p20 to p80) |",
+        "|---|---:|",
+        *(f"| {name} | {spread(numbers, 1)} |" for name, numbers in rows.items()),
         "",
-        f"Re-routing takes {rows['re-route']['median_us'] / rows['experts of the layer, as routed']['median_us']:.2%} of the "
-        "layer's experts.",
+        f"Re-routing takes {share:.2%} of the layer's experts.",
     ]
-    return lines
 
 
 def main() -> None:
@@ -271,21 +268,11 @@ def main() -> None:
         import cupy
 
         results = bench_gpu(args.repeats)
-        table, name = gpu_table(results), f"{torch.cuda.get_device_name()}, CuPy {cupy.__version__}"
+        table, versions = gpu_table(results), [f"CuPy {cupy.__version__}"]
     else:
         results = bench_cpu(args)
-        table, name = cpu_table(results, args), f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    machine = f"{name}, torch {torch.__version__}, Python {platform.python_version()}, commit {commit or 'unknown'}"
-    text = "\n".join([machine, "", *table])
-    print(text)
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments = {key: str(value) for key, value in vars(args).items()}
-        args.out.with_suffix(".json").write_text(
-            json.dumps({"machine": machine, "arguments": arguments, "results": results}, indent=1)
-        )
-        args.out.with_suffix(".md").write_text(text + "\n")
+        table, versions = cpu_table(results, args), []
+    report("Time of re-routing", [environment(*versions), "", *table], args.out, environment=environment(*versions), **results)
 
 
 if __name__ == "__main__":

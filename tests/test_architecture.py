@@ -44,7 +44,10 @@ def test_imports_point_one_way(file):
     [
         ("import pipeline, pipeline.cli", ["vllm", "cupy", "torch", "mlflow", "ray", "transformers"]),
         ("import conf.schema", ["vllm", "torch", "omegaconf", "yaml"]),
-        ("import ops.reroute, ops.policies, ops.stats, ops.similarity", ["vllm", "ray", "mlflow", "transformers"]),
+        (
+            "import ops.reroute, ops.policies, ops.stats, ops.similarity, ops.cuda",
+            ["vllm", "ray", "mlflow", "transformers", "cupy"],
+        ),
         ("import ops.vllm_plugin", ["vllm", "ray", "mlflow"]),
         ("import calibration_jobs.job, calibration_jobs.tracking", ["vllm", "torch", "mlflow", "ray"]),
         ("import pipeline.generate, pipeline.report", ["vllm", "torch", "mlflow", "ray", "matplotlib"]),

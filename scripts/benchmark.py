@@ -1,0 +1,54 @@
+"""What the benchmark scripts share: percentiles, the line that says where and with what a number was made, and the files."""
+
+import datetime
+import json
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def summary(values: list[float]) -> dict[str, float]:
+    """Median, 20th and 80th percentile."""
+    quantiles = torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64))
+    p20, median, p80 = quantiles.tolist()
+    return {"median": median, "p20": p20, "p80": p80}
+
+
+def spread(numbers: dict[str, float], digits: int = 2) -> str:
+    return f"{numbers['median']:,.{digits}f} ({numbers['p20']:,.{digits}f} to {numbers['p80']:,.{digits}f})"
+
+
+def environment(*more: str) -> str:
+    """Date, device, versions and commit."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    parts = [
+        datetime.date.today().isoformat(),
+        device,
+        *more,
+        f"torch {torch.__version__}",
+        f"Python {platform.python_version()}",
+    ]
+    return ", ".join([*parts, f"commit {commit or 'unknown'}"])
+
+
+def _processor() -> str:
+    names = [
+        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")
+    ]
+    return f"{names[0] if names else platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def report(title: str, lines: list[str], out: Path | None, **results: Any) -> None:
+    """Print the report; with `out`, also write OUT.md, and OUT.json with the results as they were measured."""
+    command = " ".join(["python", *sys.argv])
+    text = "\n".join([f"# {title}", "", f"    {command}", "", *lines]) + "\n"
+    print(text, flush=True)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.with_suffix(".json").write_text(json.dumps({"title": title, "command": command, **results}, indent=1) + "\n")
+        out.with_suffix(".md").write_text(text)
