@@ -211,6 +211,10 @@ class EngineState:
         """Set the rows' roles from the step's attention metadata: by layer name, or None in profiling and warm-up."""
         if not self.has_work:
             return
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            # The V2 model runner makes its forward context inside the graph. Recorded there, this would set the roles of the
+            # capture at every replay; `begin_replay` sets those of the step.
+            return
         if attn_metadata is None or self._attention_layer is None:
             self.roles.clear()
             return

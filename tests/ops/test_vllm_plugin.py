@@ -182,7 +182,15 @@ def test_a_step_without_roles_is_an_error(monkeypatch):
             llm.generate(PROMPTS[:1], greedy(), use_tqdm=False)
         state.query_start_loc = torch.tensor([0, 1, 2, 3, 4, 9], dtype=torch.int32)
         state.begin_replay()
-        assert state.roles.roles[:10].tolist() == [DECODE] * 4 + [PREFILL] * 5 + [PADDING]
+        roles = [DECODE] * 4 + [PREFILL] * 5 + [PADDING]
+        assert state.roles.roles[:10].tolist() == roles
+
+        # A forward context made while a graph is being captured must not record the capture's roles in it.
+        monkeypatch.undo()
+        monkeypatch.setattr(state, "device", torch.device("cuda"))
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        state.begin_step(None)
+        assert state.roles.roles[:10].tolist() == roles
 
 
 def test_nothing_to_do_costs_nothing(monkeypatch):
