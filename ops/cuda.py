@@ -106,12 +106,12 @@ def sorted_neighbours(similarity: Tensor, threshold: float) -> Tensor:
         order. Each row is filled up with the expert's own id.
     """
     num_experts = similarity.shape[0]
-    # On the CPU, where sorting is stable whatever the values.
-    values = similarity.cpu().clone()
-    too_low = values < torch.tensor(threshold, dtype=torch.float32)
+    # On the CPU, where sorting is stable whatever the values; by name, as vLLM loads models under another default device.
+    values = similarity.to("cpu", copy=True)
+    too_low = values < torch.tensor(threshold, dtype=torch.float32, device="cpu")
     values[too_low.fill_diagonal_(True)] = -torch.inf
     ranked, order = values.sort(dim=1, descending=True, stable=True)
-    own = torch.arange(num_experts).unsqueeze(1)
+    own = torch.arange(num_experts, device="cpu").unsqueeze(1)
     order = torch.where(ranked == -torch.inf, own, order)
     num_filled = -num_experts % _NEIGHBOURS_PER_SEARCH
     order = torch.cat([order, own.expand(-1, num_filled)], dim=1)
@@ -215,10 +215,21 @@ def warm_up(device: torch.device) -> None:
         ConfigError: if a kernel cannot be compiled.
         RuntimeError: if a kernel is wrong on this device.
     """
+    # vLLM loads models under another default device, and another default type (named below).
+    with torch.device("cpu"):
+        right = _agrees_with_reference(device)
+    if not right:
+        raise RuntimeError(
+            f"the re-routing kernels give wrong results on {torch.cuda.get_device_name(device)}: run tests/gpu and report this"
+        )
+
+
+def _agrees_with_reference(device: torch.device) -> bool:
     generator = torch.Generator().manual_seed(0)
     num_tokens, num_experts, top_k = 24, 60, 6
-    similarity = torch.rand(num_experts, num_experts, generator=generator)
-    weights, ids = torch.rand(num_tokens, num_experts, generator=generator).topk(top_k)
+    similarity = torch.rand(num_experts, num_experts, generator=generator, dtype=torch.float32)
+    scores = torch.rand(num_tokens, num_experts, generator=generator, dtype=torch.float32)
+    weights, ids = scores.topk(top_k)
     starts = torch.tensor([0, 5, *range(6, 22)], dtype=torch.int32)
     expected_roles = torch.tensor([PREFILL] * 5 + [DECODE] * 16 + [PADDING] * 3, dtype=torch.int8)
     roles = torch.zeros(num_tokens, dtype=torch.int8, device=device)
@@ -232,7 +243,4 @@ def warm_up(device: torch.device) -> None:
         reroute(weights.to(device), new_ids, neighbours, **arguments)
         expected = reroute_reference(weights, ids, similarity, primary_top_k=2, threshold=0.5, roles=expected_roles)
         right &= torch.equal(new_ids.cpu().long(), expected)
-    if not right:
-        raise RuntimeError(
-            f"the re-routing kernels give wrong results on {torch.cuda.get_device_name(device)}: run tests/gpu and report this"
-        )
+    return right

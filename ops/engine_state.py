@@ -103,7 +103,7 @@ class EngineState:
         refuse_engine_modes(vllm_config, self.config, self.device)
         self._model = vllm_config.model_config.model
         self.artifact: SimilarityArtifact | None = None
-        if self.device.type == "cuda" and self.config.policy != "top_k":
+        if self.device.type == "cuda" and (self.config.policy != "none" or self.config.stats_dir):
             from ops import cuda
 
             cuda.warm_up(torch.device("cuda", torch.cuda.current_device()))

@@ -180,7 +180,8 @@ class Bench:
             self.switch(f"S={primary_top_k}")
             if not layer.has_work:
                 continue
-            num_rows = max(self.batches)
+            # At least min_tokens, or the layers would leave the step alone.
+            num_rows = max(8, *self.batches)
             layer.roles.fill(torch.arange(num_rows + 1, dtype=torch.int32, device=self.device))
             logits = torch.randn(num_rows, self.shape["num_experts"])
             weights, ids = logits.softmax(-1).topk(TOP_K)

@@ -96,6 +96,15 @@ def test_ids_out_of_range_are_unused_slots(shims):
 
 def test_warm_up(shims, monkeypatch):
     cuda.warm_up(CPU)
+    # As when vLLM loads a model: whatever does not name its device and type gets others.
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        similarity = torch.rand(9, 9, dtype=torch.float32)
+        with torch.device("meta"):
+            cuda.warm_up(CPU)
+            assert cuda.sorted_neighbours(similarity, 0.5).device == CPU
+    finally:
+        torch.set_default_dtype(torch.float32)
     monkeypatch.setattr(cuda, "sorted_neighbours", lambda similarity, threshold: torch.zeros(60, 64, dtype=torch.int16))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     with pytest.raises(RuntimeError, match="wrong results on a GPU"):
