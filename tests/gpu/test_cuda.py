@@ -214,7 +214,10 @@ print("all equal")
 @pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="compute-sanitizer is not installed")
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 def test_compute_sanitizer(device, tool):
-    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--kernel-name", "regex=sere_.*"]
+    # Only our kernels: torch's own would take hours. Calls that torch makes to see whether they fail are not errors.
+    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--kernel-name", "kns=sere_"]
+    if tool == "memcheck":
+        command += ["--report-api-errors", "no"]
     result = subprocess.run([*command, sys.executable, "-c", SANITIZED], capture_output=True, text=True, timeout=500)
     report = result.stdout + result.stderr
     assert result.returncode == 0 and "all equal" in report, report[-5000:]
