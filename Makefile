@@ -1,4 +1,4 @@
-# `make demo` and `make test` work on a fresh machine with Python 3.11 and a C compiler; both install what they need first.
+# `make demo` and `make test` work on a fresh machine with Python 3.11 and g++; both install what they need first.
 PYTHON ?= python3
 VENV ?= .venv
 VLLM ?= 0.32.0
