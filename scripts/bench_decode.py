@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark import environment, report, spread, summary
+from benchmark import environment, integers, positive, report, report_path, spread, summary
 
 GPU = torch.cuda.is_available()
 # The V1 runner keeps its graphs where a variant's own set can be put in their place.
@@ -265,15 +265,18 @@ class Bench:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    integers = lambda text: [int(part) for part in text.split(",")]  # noqa: E731
     parser.add_argument("--batches", type=integers, default=[1, 8, 16, 32, 64, 128] if GPU else [1, 8, 32])
     parser.add_argument("--variants", type=integers, default=[8, 4, 2, 1], help="values of S")
-    parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
-    parser.add_argument("--steps", type=int, default=64 if GPU else 24, help="tokens per sequence")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--layers", type=positive, help="fewer layers than the shape has")
+    parser.add_argument("--steps", type=positive, default=64 if GPU else 24, help="tokens per sequence")
+    parser.add_argument("--repeats", type=positive, default=5)
     parser.add_argument("--budget-s", type=float, default=420, help="start no further repetition after this time")
-    parser.add_argument("--out", type=Path, help="write OUT.json and OUT.md")
+    parser.add_argument("--out", type=report_path, help="write OUT.json and OUT.md")
     args = parser.parse_args()
+    if max(args.variants) > TOP_K:
+        parser.error(f"--variants: S is at most top_k, {TOP_K}, got {max(args.variants)}")
+    if args.steps < 12:
+        parser.error(f"--steps: at least 12, as the first and last few are not measured, got {args.steps}")
     started = time.monotonic()
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)

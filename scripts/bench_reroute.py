@@ -13,11 +13,10 @@ import argparse
 import itertools
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark import environment, report, spread, summary
+from benchmark import environment, positive, report, report_path, spread, summary
 from torch import Tensor
 
 from ops.reference import DECODE, reroute_reference
@@ -257,13 +256,17 @@ def cpu_table(results: dict[str, Any], args: argparse.Namespace) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--repeats", type=int, default=200)
-    parser.add_argument("--out", type=Path, help="write OUT.json and OUT.md")
+    parser.add_argument("--repeats", type=positive, default=200)
+    parser.add_argument("--out", type=report_path, help="write OUT.json and OUT.md")
     for name, default in (("tokens", 64), ("experts", 128), ("top-k", 8), ("primary-top-k", 2)):
-        parser.add_argument(f"--{name}", type=int, default=default, help="CPU only")
-    parser.add_argument("--hidden", type=int, default=2048, help="CPU only: of the layer beside it")
-    parser.add_argument("--intermediate", type=int, default=768, help="CPU only: of the layer beside it")
+        parser.add_argument(f"--{name}", type=positive, default=default, help="CPU only")
+    parser.add_argument("--hidden", type=positive, default=2048, help="CPU only: of the layer beside it")
+    parser.add_argument("--intermediate", type=positive, default=768, help="CPU only: of the layer beside it")
     args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no GPU")
+    if args.repeats < 20:
+        parser.error(f"--repeats: at least 20, got {args.repeats}")
     if args.device == "cuda":
         import cupy
 

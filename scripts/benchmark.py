@@ -1,7 +1,9 @@
 """What the benchmark scripts share: percentiles, the line that says where and with what a number was made, and the files."""
 
+import argparse
 import datetime
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -9,6 +11,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+
+def positive(text: str) -> int:
+    """An argument that is a positive integer."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"a positive integer is needed, got {text!r}")
+    return int(text)
+
+
+def integers(text: str) -> list[int]:
+    """An argument that is a list of positive integers, as in 1,8,32."""
+    return [positive(part) for part in text.split(",")]
+
+
+def report_path(text: str) -> Path:
+    """An argument that says where a report goes: found unusable before anything is measured, not after."""
+    path = Path(text)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"cannot make {path.parent}: {error.strerror}") from error
+    if not os.access(path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"cannot write into {path.parent}")
+    return path
 
 
 def summary(values: list[float]) -> dict[str, float]:
@@ -49,6 +75,5 @@ def report(title: str, lines: list[str], out: Path | None, **results: Any) -> No
     text = "\n".join([f"# {title}", "", f"    {command}", "", *lines]) + "\n"
     print(text, flush=True)
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
         out.with_suffix(".json").write_text(json.dumps({"title": title, "command": command, **results}, indent=1) + "\n")
         out.with_suffix(".md").write_text(text)
