@@ -174,6 +174,8 @@ def reroute(
         primary_top_k = top_k
     elif neighbours.shape[0] != num_experts or neighbours.shape[1] % _NEIGHBOURS_PER_SEARCH != 0:
         raise ValueError(f"neighbours must be those of {num_experts} experts, got {list(neighbours.shape)}")
+    if counters is not None and step is None:
+        raise ValueError("counters need step, which says how many rows decode")
     if num_tokens == 0:
         return
     if num_tokens * top_k > torch.iinfo(torch.int32).max:
@@ -203,6 +205,8 @@ def fill_roles(
         max_tokens: More rows than this: no row's role is DECODE.
     """
     capacity, num_sequences = roles.numel(), query_start_loc.numel() - 1
+    # More than the capacity is as good as the capacity plus one, and fits the kernel's 32 bits.
+    min_tokens, max_tokens = min(min_tokens, capacity + 1), min(max_tokens, capacity + 1)
     num_threads = min(_MAX_THREADS, -(-max(capacity, num_sequences) // _WARP) * _WARP)
     kernel = compiled("token_roles.cu", "sere_token_roles", (), roles.device.index or 0)
     kernel(num_threads, (query_start_loc, roles, step, num_sequences, capacity, decode_length, min_tokens, max_tokens))

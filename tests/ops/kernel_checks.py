@@ -87,7 +87,7 @@ def batches(draw: st.DrawFn) -> dict:
         decode_length=draw(st.integers(1, 4)),
         phase=draw(st.sampled_from(["decode", "all"])),
         min_tokens=draw(st.integers(1, 20)),
-        max_tokens=draw(st.integers(1, 200)),
+        max_tokens=draw(st.integers(1, 200) | st.just(2**40)),
     )
 
 

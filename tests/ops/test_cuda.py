@@ -189,6 +189,7 @@ def test_the_sanitizers_see_what_they_are_for(tmp_path, monkeypatch):
         (dict(roles=torch.zeros(3, dtype=torch.int8)), r"roles must be contiguous torch.int8 \[4\]"),
         (dict(num_experts=9), "neighbours must be those of 9 experts"),
         (dict(num_experts=2000), "at most 1024 experts"),
+        (dict(counters=torch.zeros(11, dtype=torch.int64)), "counters need step"),
     ],
 )
 def test_refuses_what_the_kernel_cannot_read(change, message):
