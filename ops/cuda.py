@@ -60,8 +60,8 @@ def compiled(source: str, kernel: str, options: tuple[str, ...], device_index: i
             function = cupy.RawModule(code=code, options=(*COMPILE_OPTIONS, *options)).get_function(kernel)
             # Compiles, or takes what an earlier process compiled from CuPy's cache.
             function.compile()
-    except (ImportError, OSError, RuntimeError) as error:
-        # CuPy loads NVRTC when it first compiles.
+    except Exception as error:
+        # CuPy loads NVRTC when it first compiles; its CompileException is a plain Exception.
         raise ConfigError(
             f"{source} could not be compiled ({type(error).__name__}: {error}). If NVRTC is missing or does not fit: "
             f"{install_line()}"

@@ -43,6 +43,11 @@ def refuse_engine_modes(vllm_config: Any, config: RerouteConfig, device: torch.d
             "dual batch overlap splits a step in microbatches, so its rows' roles cannot be known: set enable_dbo to false",
         ),
         (
+            getattr(getattr(vllm_config, "cache_config", None), "kv_sharing_fast_prefill", False),
+            "fast prefill drops rows in the middle of a step, so the roles of later layers cannot be known: set "
+            "kv_sharing_fast_prefill to false",
+        ),
+        (
             device.type not in ("cpu", "cuda") and config.policy in ("sere", "random"),
             f"policy {config.policy!r} has no kernel for {device.type}: run it on an NVIDIA GPU or on the CPU, or use policy "
             "'none' or 'top_k'",

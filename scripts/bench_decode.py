@@ -284,8 +284,7 @@ def main() -> None:
     bandwidth = copy_bandwidth("cuda" if GPU else "cpu")
     bench = Bench(args)
     bench.check()
-    with torch.inference_mode():
-        bench.capture()
+    bench.capture()
     for variant in bench.variants:
         bench.activate(variant)
         for batch in args.batches:
