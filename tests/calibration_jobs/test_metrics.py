@@ -113,10 +113,29 @@ def test_minibatch_under_four_tokens_is_left_out_of_cka():
     torch.testing.assert_close(metric.finalize(), similarity_matrices(y, ["cka"])["cka"])
 
 
+def test_cka_minibatches_add_up_as_they_are():
+    # Loud minibatches weigh more: scaled to equal size, their sum would be another estimate.
+    parts = [outputs(num_experts=3, num_tokens=6, seed=i) * 4**i for i in range(5)]
+    metric = METRIC_CLASSES["cka"](3)
+    for part in parts:
+        metric.update(part)
+    hsic = torch.tensor([[sum(direct_hsic(part[i], part[j]) for part in parts) for j in range(3)] for i in range(3)])
+    scale = hsic.diagonal().sqrt()
+    torch.testing.assert_close(metric.finalize(), (hsic / scale / scale[:, None]).clamp(0, 1), atol=1e-5, rtol=0)
+
+
+def test_cka_does_not_depend_on_the_mean():
+    y = outputs(num_tokens=40)
+    # Whole numbers of 1/1024 stay exact in float32 when the mean is added.
+    y = (y * 1024).round() / 1024
+    far = y + torch.arange(5)[:, None, None] * 1000
+    torch.testing.assert_close(similarity_matrices(far, ["cka"]), similarity_matrices(y, ["cka"]), atol=1e-5, rtol=0)
+
+
 def test_blocks_do_not_change_the_result(monkeypatch):
     y = outputs(num_tokens=33)
     whole = similarity_matrices(y)
-    monkeypatch.setattr("calibration_jobs.metrics._BLOCK_ELEMENTS", 200)
+    monkeypatch.setattr("calibration_jobs.metrics._CPU_BLOCK_ELEMENTS", 200)
     for name, matrix in similarity_matrices(y).items():
         torch.testing.assert_close(matrix, whole[name], atol=1e-6, rtol=0)
 
