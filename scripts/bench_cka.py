@@ -177,7 +177,7 @@ def peak_bytes(function: Callable[[], object]) -> int:
     return peak
 
 
-def recommend(cases: list[dict[str, Any]]) -> list[str]:
+def recommend(when: str, cases: list[dict[str, Any]]) -> list[str]:
     """The block size to use, by a rule, from the largest total of each case; and its error there."""
     excess = dict.fromkeys(BLOCKS, 1.0)
     cost = dict.fromkeys(BLOCKS, 0.0)
@@ -190,11 +190,12 @@ def recommend(cases: list[dict[str, Any]]) -> list[str]:
     choice = min(fits, key=cost.__getitem__) if fits else min(BLOCKS, key=excess.__getitem__)
     why = f"the quickest whose error is within {SLACK - 1:.0%} of the least in every case: {', '.join(map(str, fits))}"
     return [
-        f"**{choice} tokens per block**, {why if fits else 'whose error is nearest to the least: none is near it everywhere'}.",
+        f"**{when}: {choice} tokens per block**, {why if fits else 'whose error is nearest to the least: none is near it everywhere'}.",
         "\n| block | error / least error, worst case | time / least time |\n|---:|---:|---:|",
         *(f"| {block} | {excess[block]:.2f} | {cost[block] / min(cost.values()):.2f} |" for block in BLOCKS),
         f"\nRMS error with {choice} tokens per block:\n",
         *(f"- {case['name']}: {case['rows'][BLOCKS.index(choice)]['totals'][-1]['unbiased']['rms']:.4f}" for case in cases),
+        "",
     ]
 
 
@@ -223,7 +224,8 @@ def case_table(case: dict[str, Any]) -> list[str]:
     lines += ["", "RMS error of the unbiased estimate by total:", ""]
     lines += [f"| block | {' | '.join(map(str, totals))} |", "|---:" * (len(totals) + 1) + "|"]
     for row in case["rows"]:
-        lines.append(" | ".join([f"| {row['block']}", *(f"{entry['unbiased']['rms']:.4f}" for entry in row["totals"]), ""]))
+        errors = " | ".join(f"{entry['unbiased']['rms']:.4f}" for entry in row["totals"])
+        lines.append(f"| {row['block']} | {errors} |")
     return [*lines, ""]
 
 
@@ -275,7 +277,6 @@ def main() -> None:
         if outputs.shape[1] < args.tokens:
             parser.error(f"{args.data} has {outputs.shape[1]} tokens, --tokens is {args.tokens}")
         truth = full_batch(outputs)
-        add(f"demo layer {layer}, in order", outputs, truth)
         generator, whole = torch.Generator().manual_seed(0), torch.arange(outputs.shape[1])
         for name, size in (("in order", 1), ("shuffled in batches", args.batch), ("shuffled", len(whole))):
             order = torch.cat([part[torch.randperm(len(part), generator=generator)] for part in whole.split(size)])
@@ -291,7 +292,10 @@ def main() -> None:
         lines += [f"![Error by block size]({args.out.with_suffix('.png').name})", ""]
     for case in cases:
         lines += case_table(case)
-    lines += ["## Recommendation", "", *recommend(cases)]
+    ordered = [case for case in cases if "shuffled" not in case["name"]]
+    shuffled = [case for case in cases if "in order" not in case["name"]]
+    lines += ["## Recommendation", "", *recommend("Tokens in the order of the text", ordered)]
+    lines += recommend("Tokens shuffled, if only in batches", shuffled)
     report("Error of the CKA estimate", lines, args.out, environment=environment(), arguments=settings, cases=cases)
 
 
