@@ -28,6 +28,7 @@ from calibration_jobs.metrics import CkaMetric
 BLOCKS = [4, 8, 16, 32, 64, 128, 256, 512]
 STRETCH = max(BLOCKS)
 SLACK = 1.1
+NAMES = {"RMS error": "rms", "mean error": "mean", "Spearman": "spearman", "nearest": "nearest"}
 SYNTHETIC = (16, 32768, 512)
 
 
@@ -190,7 +191,7 @@ def recommend(when: str, cases: list[dict[str, Any]]) -> list[str]:
     choice = min(fits, key=cost.__getitem__) if fits else min(BLOCKS, key=excess.__getitem__)
     why = f"the quickest whose error is within {SLACK - 1:.0%} of the least in every case: {', '.join(map(str, fits))}"
     return [
-        f"**{when}: {choice} tokens per block**, {why if fits else 'whose error is nearest to the least: none is near it everywhere'}.",
+        f"**{when}: {choice} tokens per block**, {why if fits else 'the nearest to the least error in its worst case'}.",
         "\n| block | error / least error, worst case | time / least time |\n|---:|---:|---:|",
         *(f"| {block} | {excess[block]:.2f} | {cost[block] / min(cost.values()):.2f} |" for block in BLOCKS),
         f"\nRMS error with {choice} tokens per block:\n",
@@ -204,20 +205,17 @@ def case_table(case: dict[str, Any]) -> list[str]:
     lines = [
         f"## {case['name']}",
         "",
-        f"{case['experts']} experts, hidden size {case['hidden']}; the full batch has {case['tokens']} tokens, its CKA off the "
-        f"diagonal is {case['least']:.3f} to {case['most']:.3f}.",
+        f"{case['experts']} experts, hidden size {case['hidden']}; CKA of the full batch, {case['tokens']} tokens, is "
+        f"{case['least']:.3f} to {case['most']:.3f}.",
         "",
         f"Of {totals[-1]} tokens; beside each figure the biased one. Time of ours per {STRETCH} tokens (p20 to p80), "
         "its scratch memory at the peak, and the outputs it is given:",
         "",
-        "| block | RMS error | biased | mean error | biased | Spearman | biased | nearest | biased | ms "
-        "| scratch, MiB | outputs, MiB |",
-        "|---:" * 12 + "|",
+        f"| block |{''.join(f' {name} | biased |' for name in NAMES)} ms | scratch, MiB | outputs, MiB |\n{'|---:' * 12}|",
     ]
     for row in case["rows"]:
         ours, biased = row["totals"][-1]["unbiased"], row["totals"][-1]["biased"]
-        cells = [f"{side[name]:.4f}" for name in ("rms", "mean", "spearman") for side in (ours, biased)]
-        cells += [f"{side['nearest']:.2f}" for side in (ours, biased)]
+        cells = [f"{side[name]:.4f}" for name in NAMES.values() for side in (ours, biased)]
         sizes = row["scratch"], case["experts"] * case["hidden"] * row["block"] * 4
         cells += [spread(summary([1e3 * s for s in row["seconds"]]), 1), *(f"{size / 2**20:.1f}" for size in sizes)]
         lines.append(f"| {row['block']} | {' | '.join(cells)} |")
@@ -245,7 +243,7 @@ def draw(cases: list[dict[str, Any]], path: Path) -> None:
         panel.set_xticks(BLOCKS[::2], list(map(str, BLOCKS[::2])))
         panel.grid(alpha=0.3)
     panels[0][0].set_ylabel("RMS error")
-    panels[0][-1].legend(fontsize=6)
+    panels[0][0].legend(fontsize=6, loc="lower left")
     figure.savefig(path, dpi=110)
 
 
@@ -292,10 +290,9 @@ def main() -> None:
         lines += [f"![Error by block size]({args.out.with_suffix('.png').name})", ""]
     for case in cases:
         lines += case_table(case)
-    ordered = [case for case in cases if "shuffled" not in case["name"]]
-    shuffled = [case for case in cases if "in order" not in case["name"]]
-    lines += ["## Recommendation", "", *recommend("Tokens in the order of the text", ordered)]
-    lines += recommend("Tokens shuffled, if only in batches", shuffled)
+    lines += ["## Recommendation", ""]
+    for when, other in (("Tokens in the order of the text", "shuffled"), ("Tokens shuffled, if only in batches", "in order")):
+        lines += recommend(when, [case for case in cases if other not in case["name"]])
     report("Error of the CKA estimate", lines, args.out, environment=environment(), arguments=settings, cases=cases)
 
 
