@@ -3,13 +3,14 @@
 Whatever would make re-routing wrong or silently off is a ConfigError that says what to do. Reads vLLM objects, changes none.
 """
 
+from collections.abc import Iterator
 from typing import Any, get_args
 
 import torch
 
 from conf.schema import ConfigError, RerouteConfig
 from ops.cuda import MAX_EXPERTS, MAX_TOP_K
-from ops.token_roles import metadata_gives_roles
+from ops.token_roles import metadata_gives_counts, metadata_gives_starts
 
 
 def refuse_engine_modes(vllm_config: Any, config: RerouteConfig, device: torch.device) -> None:
@@ -105,22 +106,49 @@ def refuse_monolithic(runner: Any) -> None:
         )
 
 
-def find_attention_layer(static_layers: dict[str, Any]) -> str:
-    """An attention layer whose metadata tells which rows are decode rows."""
-    seen = []
+def find_attention_layer(vllm_config: Any, device: torch.device) -> str:
+    """An attention layer whose metadata tells which rows are decode rows: if possible one that says where each sequence's rows
+    begin, as in a model that mixes kinds of attention some layers may only count rows.
+
+    Raises:
+        ConfigError: if there is none, or if all there are only count rows and would be wrong in this engine's modes.
+    """
+    layers = list(_attention_metadata(vllm_config.compilation_config.static_forward_context))
+    for name, metadata_class in layers:
+        if metadata_gives_starts(metadata_class):
+            return name
+    for name, metadata_class in layers:
+        if metadata_gives_counts(metadata_class):
+            _refuse_counts(metadata_class.__name__, vllm_config, device)
+            return name
+    raise ConfigError(
+        "no attention backend of this model says which rows are decode rows (metadata: "
+        f"{', '.join(sorted({metadata_class.__name__ for _, metadata_class in layers})) or 'none'}): choose another attention "
+        "backend, for example FLASH_ATTN, or remove `sere` from additional_config"
+    )
+
+
+def _attention_metadata(static_layers: dict[str, Any]) -> Iterator[tuple[str, type[Any]]]:
+    """Each attention layer's name with the class of its metadata, which its backend's builder names as a type parameter."""
     for name, layer in static_layers.items():
         if not hasattr(layer, "get_attn_backend"):
             continue
-        builder = layer.get_attn_backend().get_builder_cls()
-        for base in builder.__mro__:
+        for base in layer.get_attn_backend().get_builder_cls().__mro__:
             for generic in getattr(base, "__orig_bases__", ()):
-                for metadata_class in get_args(generic):
-                    if isinstance(metadata_class, type):
-                        seen.append(metadata_class.__name__)
-                        if metadata_gives_roles(metadata_class):
-                            return name
+                yield from ((name, argument) for argument in get_args(generic) if isinstance(argument, type))
+
+
+def _refuse_counts(metadata: str, vllm_config: Any, device: torch.device) -> None:
+    """Refuse modes in which a backend's number of decode rows is not what it seems."""
+    speculates = vllm_config.speculative_config is not None
+    # vLLM counts a full graph's padding as decode rows. Piecewise graphs leave attention, and so its metadata, unpadded.
+    mode = vllm_config.compilation_config.cudagraph_mode
+    pads = device.type == "cuda" and mode is not None and mode.has_full_cudagraphs()
+    if not (speculates or pads):
+        return
+    reasons = ["leave out rows with speculative tokens"] * speculates + [f"include padding (cudagraph_mode {mode})"] * pads
+    remedies = ["turn speculative decoding off"] * speculates + ["set cudagraph_mode to PIECEWISE"] * pads
     raise ConfigError(
-        "no attention backend of this model says which rows are decode rows (metadata: "
-        f"{', '.join(sorted(set(seen))) or 'none'}): choose another attention backend, for example FLASH_ATTN, or remove "
-        "`sere` from additional_config"
+        f"the attention backends of this model give only counts of decode rows ({metadata}), which here may "
+        f"{' and '.join(reasons)}: choose attention backend FLASH_ATTN or TRITON_ATTN, or {' and '.join(remedies)}"
     )

@@ -176,11 +176,11 @@ class EngineState:
         self.layers[index] = LayerState(POLICIES[self.config.policy](self.config, info, similarity), self.roles)
         return self.layers[index]
 
-    def finish_start(self, static_layers: dict[str, Any]) -> None:
+    def finish_start(self, vllm_config: Any) -> None:
         """The checks that need the whole model, and the counters. Called once, before warm-up.
 
         Args:
-            static_layers: vLLM's `static_forward_context`: attention and MoE layers by name.
+            vllm_config: The engine's `VllmConfig`, which by now knows its attention and MoE layers.
 
         Raises:
             ConfigError: if re-routing would not take place or not be right.
@@ -192,10 +192,10 @@ class EngineState:
                 f"model {self._model} has no MoE layer that routes through vLLM's FusedMoERouter: "
                 "remove `sere` from additional_config"
             )
-        for layer in static_layers.values():
+        for layer in vllm_config.compilation_config.static_forward_context.values():
             if hasattr(layer, "sere_layer"):
                 refuse_monolithic(layer)
-        self._attention_layer = find_attention_layer(static_layers)
+        self._attention_layer = find_attention_layer(vllm_config, self.device)
         if self._counters is None and self.layers:
             rank = get_tensor_model_parallel_rank()
             manifest = {"model": str(self._model), "reroute": self.config.to_dict()}

@@ -77,17 +77,26 @@ class TokenRoles:
         self.roles.copy_(torch.where(decode & reroutes, DECODE, torch.where(real, PREFILL, PADDING)))
 
 
-def metadata_gives_roles(metadata_class: type[Any]) -> bool:
-    """Whether `fill_from_metadata` can read roles from an attention backend's metadata."""
-    names = {name for base in metadata_class.__mro__ for name in getattr(base, "__annotations__", ())}
-    return "query_start_loc" in names or {"num_decode_tokens", "num_prefill_tokens"} <= names
+def _fields(metadata_class: type[Any]) -> set[str]:
+    return {name for base in metadata_class.__mro__ for name in getattr(base, "__annotations__", ())}
+
+
+def metadata_gives_starts(metadata_class: type[Any]) -> bool:
+    """Whether an attention backend's metadata says where each sequence's rows begin: roles are known in every step."""
+    return "query_start_loc" in _fields(metadata_class)
+
+
+def metadata_gives_counts(metadata_class: type[Any]) -> bool:
+    """Whether an attention backend's metadata says at least how many rows decode. It may count padding (full CUDA graphs), or
+    leave out rows with speculative tokens."""
+    return {"num_decode_tokens", "num_prefill_tokens"} <= _fields(metadata_class)
 
 
 def fill_from_metadata(roles: TokenRoles, metadata: Any) -> None:
-    """Fill from one attention layer's metadata of this step (see `metadata_gives_roles`)."""
+    """Fill from one attention layer's metadata of this step (see `metadata_gives_starts` and `metadata_gives_counts`)."""
     starts = getattr(metadata, "query_start_loc", None)
     if starts is not None:
         roles.fill(starts)
     else:
-        # FlashInfer orders the batch so that decode rows come first.
+        # Backends that count order the batch so that decode rows come first.
         roles.fill_counts(metadata.num_decode_tokens, metadata.num_prefill_tokens)

@@ -155,7 +155,7 @@ def register() -> None:
                     if state is None:
                         # No MoE layer was made: let the settings speak first, then that.
                         state = EngineState(settings, self.vllm_config)
-                    state.finish_start(self.vllm_config.compilation_config.static_forward_context)
+                    state.finish_start(self.vllm_config)
             return original(self, *args, **kwargs)
 
         return initialize_from_config

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ops.reference import DECODE, PADDING, PREFILL
-from ops.token_roles import TokenRoles, fill_from_metadata, metadata_gives_roles
+from ops.token_roles import TokenRoles, fill_from_metadata, metadata_gives_counts, metadata_gives_starts
 
 
 def make(**changes):
@@ -78,4 +78,6 @@ def test_which_metadata_is_enough():
     class Nothing:
         num_decode_tokens: int
 
-    assert [metadata_gives_roles(c) for c in (Lengths, Counts, Derived, Nothing)] == [True, True, True, False]
+    kinds = (Lengths, Counts, Derived, Nothing)
+    assert [metadata_gives_starts(kind) for kind in kinds] == [True, False, False, False]
+    assert [metadata_gives_counts(kind) for kind in kinds] == [False, True, True, False]
