@@ -234,6 +234,11 @@ class EngineState:
             self.roles.fill(self.query_start_loc)
             self.num_steps_begun += 1
 
+    def begin_draft_replay(self) -> None:
+        """Before the V2 model runner replays a draft model's full CUDA graph: its rows are not those of the model's step."""
+        if self.has_work:
+            self.roles.clear()
+
     def serve(self) -> None:
         """Called before every real step."""
         if self._counters is not None:

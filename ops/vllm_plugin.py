@@ -10,7 +10,7 @@ which does nothing more than before unless the engine's configuration asks for r
     WorkerWrapperBase.execute_model, shutdown  counters start at the first real step and are flushed; a step whose roles
                                                nobody set is an error
     gpu.GPUModelRunner.prepare_attn,           the rows' roles, for the V2 model runner, which replays full CUDA graphs without
-    gpu.ModelCudaGraphManager.run_fullgraph    a forward context
+    gpu.CudaGraphManager.run_fullgraph         a forward context; those of draft models too, whose rows are none of the step's
 
 The wrapper sits between the router's top-k and everything that uses it: the capture of routed experts, the mapping of
 logical to physical experts (EPLB), and the experts. Where torch.compile traces through the router (on the CPU) it is the custom
@@ -190,7 +190,10 @@ def register() -> None:
     def make_run_fullgraph(original: Callable) -> Callable:
         def run_fullgraph(self: Any, *args: Any, **kwargs: Any) -> Any:
             if (state := ENGINE_STATES.get(_key(self.vllm_config))) is not None:
-                state.begin_replay()
+                if isinstance(self, ModelCudaGraphManager):
+                    state.begin_replay()
+                else:
+                    state.begin_draft_replay()
             return original(self, *args, **kwargs)
 
         return run_fullgraph
@@ -212,8 +215,9 @@ def register() -> None:
     _wrap(WorkerWrapperBase, "execute_model", make_execute)
     _wrap(WorkerWrapperBase, "shutdown", make_shutdown)
     if current_platform.is_cuda():
-        from vllm.v1.worker.gpu.cudagraph_utils import ModelCudaGraphManager
+        from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager, ModelCudaGraphManager
         from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
         _wrap(GPUModelRunner, "prepare_attn", make_prepare_attn)
-        _wrap(ModelCudaGraphManager, "run_fullgraph", make_run_fullgraph)
+        # The base's, which the model's and the draft models' managers all call.
+        _wrap(CudaGraphManager, "run_fullgraph", make_run_fullgraph)

@@ -14,8 +14,10 @@ from safetensors.torch import load_file, save_file
 
 from conf.schema import ConfigError, RerouteConfig
 from ops.engine_checks import find_attention_layer, refuse_engine_modes, refuse_router
+from ops.engine_state import ENGINE_STATES
 from ops.similarity import SimilarityArtifact
 from ops.token_roles import metadata_gives_counts, metadata_gives_starts
+from ops.vllm_plugin import register
 from tests.conftest import DEMO_MODEL
 from tests.ops.engines import engine
 
@@ -142,7 +144,52 @@ def test_v2_model_runner_is_what_the_plugin_wraps():
     runner, graphs = ((folder / name).read_text() for name in ("model_runner.py", "cudagraph_utils.py"))
     assert re.search(r"^class GPUModelRunner\b.*?^    def prepare_attn\(\s*self, input_batch: InputBatch", runner, re.M | re.S)
     assert "self.cudagraph_manager.run_fullgraph(" in runner and "self.cudagraph_manager = ModelCudaGraphManager(" in runner
-    assert re.search(r"^class ModelCudaGraphManager\b.*?^    def run_fullgraph\(", graphs, re.M | re.S)
+    run_fullgraph = r".*?^    def run_fullgraph\(.*?^        super\(\)\.run_fullgraph\(desc\)"
+    assert re.search(r"^class ModelCudaGraphManager\(CudaGraphManager\):" + run_fullgraph, graphs, re.M | re.S)
+    # Draft models' managers replay through the same function, and one that has its own calls it.
+    for file in (folder / "spec_decode").rglob("*.py"):
+        text = file.read_text()
+        managers = re.findall(r"^class \w*CudaGraphManager\((\w*)\)", text, re.M)
+        assert set(managers) <= {"CudaGraphManager"}, file
+        assert text.count("    def run_fullgraph(") == text.count("super().run_fullgraph("), file
+
+
+def test_v2_replays_of_the_model_and_of_drafts(monkeypatch):
+    """The model's graphs get the roles of the step, a draft model's graphs get none."""
+    from vllm.platforms import current_platform
+
+    cudagraph_utils = pytest.importorskip("vllm.v1.worker.gpu.cudagraph_utils")
+    model_runner = pytest.importorskip("vllm.v1.worker.gpu.model_runner")
+    base = cudagraph_utils.CudaGraphManager
+    calls = []
+
+    def run_fullgraph(self, desc):
+        calls.append(desc)
+
+    monkeypatch.setattr(base, "run_fullgraph", run_fullgraph)
+    # Set to itself, so that it is put back.
+    monkeypatch.setattr(model_runner.GPUModelRunner, "prepare_attn", model_runner.GPUModelRunner.prepare_attn)
+    monkeypatch.setattr(type(current_platform), "is_cuda", lambda self: True)
+    register()
+
+    class DraftManager(base):
+        def __init__(self):
+            pass
+
+    class ModelManager(cudagraph_utils.ModelCudaGraphManager):
+        def __init__(self):
+            self.is_last_pp_rank, self.intermediate_tensors = False, torch.zeros(2)
+
+    layers = {}
+    config = SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context=layers))
+    state = SimpleNamespace(begin_replay=lambda: calls.append("roles"), begin_draft_replay=lambda: calls.append("no roles"))
+    monkeypatch.setitem(ENGINE_STATES, id(layers), state)
+    for manager, roles in ((ModelManager(), "roles"), (DraftManager(), "no roles")):
+        manager.vllm_config = config
+        step = SimpleNamespace(num_tokens=1)
+        calls.clear()
+        manager.run_fullgraph(step)
+        assert calls == [roles, step]
 
 
 def test_device_without_a_kernel():

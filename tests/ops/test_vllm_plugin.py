@@ -191,6 +191,9 @@ def test_a_step_without_roles_is_an_error(monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
         state.begin_step(None)
         assert state.roles.roles[:10].tolist() == roles
+        # A draft model's graph must not be replayed with the roles of the model's step.
+        state.begin_draft_replay()
+        assert not state.roles.roles.any() and not state.roles.step.any()
 
 
 def test_nothing_to_do_costs_nothing(monkeypatch):
