@@ -18,7 +18,7 @@ from ops.reference import DECODE, PADDING, PREFILL, reroute_reference
 # Bounds of reroute.cu.
 MAX_EXPERTS, MAX_TOP_K = 1024, 32
 _MAX_THREADS, _WARP = 1024, 32
-_LANES_PER_SEARCH, _NEIGHBOURS_PER_SEARCH = 8, 64
+_LANES_PER_SEARCH, _NEIGHBOURS_PER_SEARCH, _BYTES_PER_LOAD = 8, 64, 16
 _MIN_COMPUTE_CAPABILITY = (8, 0)
 COMPILE_OPTIONS = ("--std=c++17",)
 _KERNELS = Path(__file__).parent / "kernels"
@@ -118,6 +118,19 @@ def sorted_neighbours(similarity: Tensor, threshold: float) -> Tensor:
     return order.to(torch.int16).contiguous().to(similarity.device)
 
 
+def _require(
+    name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], shape: tuple[int | None, ...], device: torch.device
+) -> None:
+    """Refuse a tensor that a kernel would misread. A size of None is any size."""
+    same_shape = tensor.ndim == len(shape) and all(b in (None, a) for a, b in zip(tensor.shape, shape, strict=True))
+    if not (same_shape and tensor.dtype in dtypes and tensor.device == device and tensor.is_contiguous()):
+        sizes = ", ".join("any" if size is None else str(size) for size in shape)
+        raise ValueError(
+            f"{name} must be contiguous {' or '.join(str(dtype) for dtype in dtypes)} [{sizes}] on {device}, got "
+            f"{tensor.dtype} {list(tensor.shape)} with strides {tensor.stride()} on {tensor.device}"
+        )
+
+
 def reroute(
     topk_weights: Tensor,
     topk_ids: Tensor,
@@ -135,9 +148,9 @@ def reroute(
     Args:
         topk_weights: float32 `[num_tokens, top_k]`, contiguous.
         topk_ids: int32 or int64, same shape, contiguous.
-        neighbours: int16 `[num_experts, n]` (`sorted_neighbours`). None: only count.
+        neighbours: int16 `[num_experts, n]` (`sorted_neighbours`), contiguous, aligned to 16 bytes. None: only count.
         num_experts: Experts of the layer, at most 1024.
-        primary_top_k: Slots per decode row that vote.
+        primary_top_k: Slots per decode row that vote, at least 1.
         new_ids: Where the result goes: shape and dtype of `topk_ids`, contiguous; may be `topk_ids` itself.
         roles: int8 `[num_tokens]`. None: all rows are decode rows.
         step: int64 `[3]` (`TokenRoles.step`). None: re-route whatever the roles say.
@@ -159,21 +172,21 @@ def reroute(
         ("roles", roles, (torch.int8,), (num_tokens,)),
         ("step", step, (torch.int64,), (3,)),
         ("counters", counters, (torch.int64,), (11,)),
-        ("neighbours", neighbours, (torch.int16,), None),
+        ("neighbours", neighbours, (torch.int16,), (None, None)),
     ]
     for name, tensor, dtypes, shape in expected:
-        if tensor is None:
-            continue
-        fits = tensor.dtype in dtypes and (shape is None or tensor.shape == shape) and tensor.device == topk_ids.device
-        if not (fits and tensor.is_contiguous()):
-            raise ValueError(
-                f"{name} must be contiguous {' or '.join(str(dtype) for dtype in dtypes)} {list(shape or ())} on "
-                f"{topk_ids.device}, got {tensor.dtype} {list(tensor.shape)} with strides {tensor.stride()} on {tensor.device}"
-            )
+        if tensor is not None:
+            _require(name, tensor, dtypes, shape, topk_ids.device)
+    if primary_top_k < 1:
+        raise ValueError(f"primary_top_k must be at least 1, got {primary_top_k}")
     if neighbours is None:
         primary_top_k = top_k
     elif neighbours.shape[0] != num_experts or neighbours.shape[1] % _NEIGHBOURS_PER_SEARCH != 0:
         raise ValueError(f"neighbours must be those of {num_experts} experts, got {list(neighbours.shape)}")
+    elif neighbours.data_ptr() % _BYTES_PER_LOAD != 0:
+        raise ValueError(
+            f"neighbours must begin at a multiple of {_BYTES_PER_LOAD} bytes, got {neighbours.data_ptr():#x}: clone() them"
+        )
     if counters is not None and step is None:
         raise ValueError("counters need step, which says how many rows decode")
     if num_tokens == 0:
@@ -197,13 +210,25 @@ def fill_roles(
     """Set the roles of a step: `TokenRoles.fill` in one launch.
 
     Args:
-        query_start_loc: int32 `[num_sequences + 1]`, contiguous.
-        roles: int8 `[capacity]`, written.
-        step: int64 `[3]`, written: decode rows, rows that are not padding, 1 if any row's role is DECODE.
+        query_start_loc: int32 `[num_sequences + 1]`, contiguous, of at least one sequence.
+        roles: int8 `[capacity]`, contiguous, written.
+        step: int64 `[3]`, contiguous, written: decode rows, rows that are not padding, 1 if any row's role is DECODE.
         decode_length: Most rows of a sequence that is decoding.
         min_tokens: Fewer decode rows than this: no row's role is DECODE.
         max_tokens: More rows than this: no row's role is DECODE.
+
+    Raises:
+        ValueError: if a tensor is not what the kernel reads or writes.
+        ConfigError: if the kernel cannot be compiled.
     """
+    for name, tensor, dtype, size in (
+        ("query_start_loc", query_start_loc, torch.int32, None),
+        ("roles", roles, torch.int8, None),
+        ("step", step, torch.int64, 3),
+    ):
+        _require(name, tensor, (dtype,), (size,), roles.device)
+    if query_start_loc.numel() < 2:
+        raise ValueError(f"query_start_loc must have at least 2 values (one sequence), got {query_start_loc.numel()}")
     capacity, num_sequences = roles.numel(), query_start_loc.numel() - 1
     # More than the capacity is as good as the capacity plus one, and fits the kernel's 32 bits.
     min_tokens, max_tokens = min(min_tokens, capacity + 1), min(max_tokens, capacity + 1)

@@ -28,7 +28,7 @@ def reroute_topk(
     """Re-route the secondary experts of one step: `reroute_reference`, fast. Arguments and result are the reference's.
 
     Raises:
-        ValueError: if shapes, dtypes or `primary_top_k` do not fit together.
+        ValueError: if shapes, dtypes or `primary_top_k` do not fit together, or (GPU) `similarity` was made in inference mode.
         NotImplementedError: if there is no kernel for the tensors' device.
     """
     if topk_ids.ndim != 2 or topk_weights.shape != topk_ids.shape:
@@ -104,7 +104,10 @@ _neighbours = WeakTensorKeyDictionary()
 def _neighbours_of(similarity: Tensor, threshold: float) -> Tensor:
     from ops.cuda import sorted_neighbours
 
-    version = None if similarity.is_inference() else similarity._version
+    if similarity.is_inference():
+        # Such tensors have no version: neighbours sorted before a change in place would go on being used after it.
+        raise ValueError("similarity was made in inference mode, where changes of it cannot be seen: make it outside of it")
+    version = similarity._version
     known_version, by_threshold = _neighbours.get(similarity, (version, {}))
     if known_version != version:
         by_threshold = {}

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ops import cuda, reroute
-from ops.reference import reroute_reference
+from ops.reference import DECODE, PADDING, reroute_reference
 from tests.ops.kernel_checks import batches, check_reroute, check_token_roles, modes
 from tests.ops.shim import SANITIZERS, cuda_on_cpu, needs_compiler
 from tests.ops.strategies import Step, steps
@@ -64,6 +64,14 @@ def test_what_the_custom_op_does_on_a_gpu(shims, step: Step):
     step.similarity.fill_(1)
     expected = reroute_reference(*arguments, **settings_)
     assert torch.equal(reroute._reroute_topk_cuda(*arguments, *settings_.values()), expected), "a changed matrix is sorted anew"
+
+
+def test_a_similarity_whose_changes_cannot_be_seen_is_refused(shims):
+    weights, ids, similarity = torch.rand(8, 4), torch.randint(0, 16, (8, 4)), torch.rand(16, 16)
+    with torch.inference_mode():
+        reroute._reroute_topk_cuda(weights, ids, similarity, 1, 0.5, None)
+        with pytest.raises(ValueError, match=r"made in inference mode.*outside"):
+            reroute._reroute_topk_cuda(weights, ids, similarity.clone(), 1, 0.5, None)
 
 
 @settings(in_bounds, max_examples=300)
@@ -190,6 +198,10 @@ def test_the_sanitizers_see_what_they_are_for(tmp_path, monkeypatch):
         (dict(num_experts=9), "neighbours must be those of 9 experts"),
         (dict(num_experts=2000), "at most 1024 experts"),
         (dict(counters=torch.zeros(11, dtype=torch.int64)), "counters need step"),
+        (dict(primary_top_k=0), "primary_top_k must be at least 1, got 0"),
+        (dict(neighbours=torch.zeros(8, dtype=torch.int16)), r"neighbours must be contiguous torch.int16 \[any, any\]"),
+        (dict(neighbours=torch.zeros(8, 63, dtype=torch.int16)), "neighbours must be those of 8 experts"),
+        (dict(neighbours=torch.zeros(8 * 64 + 1, dtype=torch.int16)[1:].view(8, 64)), "multiple of 16 bytes.*clone"),
     ],
 )
 def test_refuses_what_the_kernel_cannot_read(change, message):
@@ -204,3 +216,36 @@ def test_refuses_what_the_kernel_cannot_read(change, message):
     )
     with pytest.raises(ValueError, match=message):
         cuda.reroute(**{**arguments, **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            dict(query_start_loc=torch.tensor([0, 1, 2])),
+            r"query_start_loc must be contiguous torch.int32 \[any\].*got torch.int64",
+        ),
+        (dict(query_start_loc=torch.zeros(6, dtype=torch.int32)[::2]), "with strides"),
+        (dict(query_start_loc=torch.zeros(2, 2, dtype=torch.int32)), r"got torch.int32 \[2, 2\]"),
+        (dict(query_start_loc=torch.zeros(1, dtype=torch.int32)), r"at least 2 values \(one sequence\), got 1"),
+        (dict(query_start_loc=torch.zeros(0, dtype=torch.int32)), r"at least 2 values \(one sequence\), got 0"),
+        (dict(roles=torch.zeros(8, dtype=torch.int32)), "roles must be contiguous torch.int8"),
+        (dict(roles=torch.zeros(16, dtype=torch.int8)[::2]), "with strides"),
+        (dict(step=torch.zeros(2, dtype=torch.int64)), r"step must be contiguous torch.int64 \[3\]"),
+        (dict(step=torch.zeros(3, dtype=torch.int32)), r"step must be contiguous torch.int64 \[3\]"),
+        (dict(step=torch.zeros(3, dtype=torch.int64, device="meta")), "on cpu, got .* on meta"),
+    ],
+)
+def test_refuses_roles_that_the_kernel_cannot_fill(shims, change, message):
+    arguments = dict(
+        query_start_loc=torch.tensor([0, 1, 2], dtype=torch.int32),
+        roles=torch.zeros(8, dtype=torch.int8),
+        step=torch.zeros(3, dtype=torch.int64),
+    )
+    limits = dict(decode_length=1, min_tokens=1, max_tokens=8)
+    launches = sum(shim.num_launches for shim in shims)
+    with pytest.raises(ValueError, match=message):
+        cuda.fill_roles(**{**arguments, **change}, **limits)
+    assert sum(shim.num_launches for shim in shims) == launches
+    cuda.fill_roles(**arguments, **limits)
+    assert arguments["roles"].tolist() == [DECODE] * 2 + [PADDING] * 6
