@@ -98,7 +98,7 @@ def test_model_without_moe_layers(tmp_path):
     start({"policy": "random"}, "has no MoE layer that routes through", model=str(tmp_path))
 
 
-def fake_config(**parallel):
+def fake_config(fast_prefill=False, **parallel):
     defaults = dict(
         data_parallel_size=1,
         use_sequence_parallel_moe=False,
@@ -106,32 +106,37 @@ def fake_config(**parallel):
         use_ubatching=False,
         enable_dbo=False,
     )
-    return SimpleNamespace(parallel_config=SimpleNamespace(**{**defaults, **parallel}))
+    return SimpleNamespace(
+        parallel_config=SimpleNamespace(**{**defaults, **parallel}),
+        cache_config=SimpleNamespace(kv_sharing_fast_prefill=fast_prefill),
+    )
 
 
 @pytest.mark.parametrize(
-    ("parallel", "message"),
+    ("change", "message"),
     [
         (dict(data_parallel_size=2), "data_parallel_size=2.*engine.replicas"),
         (dict(use_sequence_parallel_moe=True), "sequence-parallel MoE"),
         (dict(prefill_context_parallel_size=2), "prefill_context_parallel_size to 1"),
         (dict(enable_dbo=True), "enable_dbo to false"),
+        (dict(fast_prefill=True), "kv_sharing_fast_prefill to false"),
     ],
 )
-def test_modes_that_hide_the_roles(parallel, message):
+def test_modes_that_hide_the_roles(change, message):
     config = RerouteConfig(policy="random")
     refuse_engine_modes(fake_config(), config, torch.device("cpu"))
     with pytest.raises(ConfigError, match=message):
-        refuse_engine_modes(fake_config(**parallel), config, torch.device("cpu"))
+        refuse_engine_modes(fake_config(**change), config, torch.device("cpu"))
 
 
 def test_names_of_the_modes_exist_in_vllm():
     """A renamed field of vLLM's must not turn a refusal off."""
-    from vllm.config import ParallelConfig
+    from vllm.config import CacheConfig, ParallelConfig
     from vllm.v1.core.sched.output import SchedulerOutput
 
     names = {field.name for field in dataclasses.fields(ParallelConfig)}
     assert {"data_parallel_size", "prefill_context_parallel_size", "enable_dbo"} <= names
+    assert "kv_sharing_fast_prefill" in {field.name for field in dataclasses.fields(CacheConfig)}
     assert isinstance(ParallelConfig.use_sequence_parallel_moe, property)
     assert "total_num_scheduled_tokens" in {field.name for field in dataclasses.fields(SchedulerOutput)}
 
