@@ -6,7 +6,7 @@ On a GPU: time per launch inside a CUDA graph of 48 launches (48 layers, each wi
 step sizes and layer shapes, beside an empty kernel (what any launch costs) and beside the paper's recipe in torch operations.
 On the CPU: one step, beside the experts of the layer it belongs to, as Transformers computes them in float32.
 
-Nothing is timed whose result on the very inputs it is timed with differs from the reference.
+Nothing is timed whose result on the very inputs it is timed with, of all layers, differs from the reference.
 """
 
 import argparse
@@ -93,7 +93,7 @@ def bench_shape(
     layers = [draw(num_tokens, num_experts, top_k, generator) for _ in range(NUM_LAYERS)]
     weights, ids, similarity = ([tensor.to(device) for tensor in kind] for kind in zip(*layers, strict=True))
     neighbours = [cuda.sorted_neighbours(matrix, THRESHOLD) for matrix in similarity]
-    new_ids = [torch.full_like(tensor, -77) for tensor in ids]
+    new_ids = [torch.empty_like(tensor) for tensor in ids]
     recipe_ids: list[Tensor | None] = [None] * NUM_LAYERS
     roles = torch.full((num_tokens,), DECODE, dtype=torch.int8, device=device)
     step = torch.tensor([num_tokens, num_tokens, 1], device=device)
@@ -117,19 +117,22 @@ def bench_shape(
         for layer in range(NUM_LAYERS):
             recipe_ids[layer] = recipe(weights[layer], ids[layer], similarity[layer], primary_top_k)
 
-    times = {
-        "kernel": time_graph(lambda: launch(False), repeats),
-        "kernel, counting": time_graph(lambda: launch(True), repeats),
-        "recipe": time_graph(run_recipe, repeats),
+    ways = {
+        "kernel": (lambda: launch(False), new_ids),
+        "kernel, counting": (lambda: launch(True), new_ids),
+        "recipe": (run_recipe, recipe_ids),
     }
-    for layer in (0, NUM_LAYERS - 1):
-        expected = reroute_reference(*layers[layer], primary_top_k=primary_top_k, threshold=THRESHOLD)
-        for name, result in (("kernel", new_ids[layer]), ("recipe", recipe_ids[layer])):
-            if not torch.equal(result.cpu(), expected):
+    expected = [reroute_reference(*layer, primary_top_k=primary_top_k, threshold=THRESHOLD) for layer in layers]
+    for name, (run, results) in ways.items():
+        for result in new_ids:
+            result.fill_(-77)
+        run()
+        for layer, (result, reference) in enumerate(zip(results, expected, strict=True)):
+            if not torch.equal(result.cpu(), reference):
                 raise SystemExit(
-                    f"the {name} differs from the reference at T={num_tokens} E={num_experts}: no time is reported"
+                    f"the {name} differs from the reference at T={num_tokens} E={num_experts}, layer {layer}: nothing is timed"
                 )
-    return times
+    return {name: time_graph(run, repeats) for name, (run, _) in ways.items()}
 
 
 def bench_gpu(repeats: int) -> dict[str, Any]:
@@ -267,9 +270,15 @@ def main() -> None:
         parser.error("--device cuda: torch finds no GPU")
     if args.repeats < 20:
         parser.error(f"--repeats: at least 20, got {args.repeats}")
+    if args.top_k > args.experts:
+        parser.error(f"--top-k: at most --experts, {args.experts}, got {args.top_k}")
     if args.device == "cuda":
-        import cupy
+        from ops.cuda import install_line
 
+        try:
+            import cupy
+        except ImportError as error:
+            parser.error(f"--device cuda needs CuPy, which cannot be imported ({error}): {install_line()}")
         results = bench_gpu(args.repeats)
         table, versions = gpu_table(results), [f"CuPy {cupy.__version__}"]
     else:

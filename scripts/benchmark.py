@@ -28,6 +28,8 @@ def integers(text: str) -> list[int]:
 def report_path(text: str) -> Path:
     """An argument that says where a report goes: found unusable before anything is measured, not after."""
     path = Path(text)
+    if not path.name:
+        raise argparse.ArgumentTypeError(f"a file name without its ending is needed, got {text!r}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -51,7 +53,8 @@ def spread(numbers: dict[str, float], digits: int = 2) -> str:
 def environment(*more: str) -> str:
     """Date, device, versions and commit."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
     parts = [
         datetime.date.today().isoformat(),
         device,
@@ -75,5 +78,7 @@ def report(title: str, lines: list[str], out: Path | None, **results: Any) -> No
     text = "\n".join([f"# {title}", "", f"    {command}", "", *lines]) + "\n"
     print(text, flush=True)
     if out is not None:
-        out.with_suffix(".json").write_text(json.dumps({"title": title, "command": command, **results}, indent=1) + "\n")
-        out.with_suffix(".md").write_text(text)
+        # Not with_suffix, which cuts a name at its last dot: decode-S2.5 is one.
+        raw = json.dumps({"title": title, "command": command, **results}, indent=1) + "\n"
+        out.with_name(out.name + ".json").write_text(raw)
+        out.with_name(out.name + ".md").write_text(text)
