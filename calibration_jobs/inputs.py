@@ -1,8 +1,12 @@
-"""Input files: which there are, and the texts in them."""
+"""Calibration text: which files there are, the rows in them, and what is wrong with the unusable ones."""
 
 import glob
-import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from conf.schema import CalibrateConfig, ConfigError
 
@@ -30,38 +34,85 @@ def find_files(data: str) -> tuple[str, list[Path]]:
     return kinds.pop(), files
 
 
-def read_texts(config: CalibrateConfig) -> list[str]:
-    """The first `num_sequences` texts, in order.
+@dataclass(frozen=True)
+class TextRow:
+    """A usable row."""
+
+    file: str
+    number: int
+    """Within its file, from 0."""
+    text: str
+    domain: str
+
+
+@dataclass(frozen=True)
+class RowRemark:
+    """What was wrong with a row, and what was done about it."""
+
+    file: str
+    number: int
+    remark: str
+
+
+def _rows(kind: str, files: list[Path]) -> Iterator[tuple[Path, int, Any]]:
+    """File, number within it and content of each row: a dict, or None for a line that is no JSON."""
+    for file in files:
+        if kind == "parquet":
+            import datasets
+            import pyarrow as pa
+
+            try:
+                stream = datasets.load_dataset("parquet", data_files=[str(file)], split="train", streaming=True)
+                for number, row in enumerate(stream):
+                    yield file, number, row
+            except (pa.ArrowException, datasets.exceptions.DatasetsError, ValueError) as error:
+                # An empty file has no features to infer.
+                raise ConfigError(f"{file} cannot be read ({str(error).splitlines()[0]}): it is empty or damaged") from error
+        else:
+            # Line by line: a reader of whole blocks stops at the first line whose types differ.
+            with file.open(encoding="utf-8", errors="replace") as lines:
+                for number, line in enumerate(lines):
+                    try:
+                        yield file, number, json.loads(line)
+                    except ValueError:
+                        yield file, number, None
+
+
+def read_rows(config: CalibrateConfig) -> tuple[list[TextRow], list[RowRemark]]:
+    """The first `num_sequences` usable rows, in order, and the unusable ones among them: null, empty, not text.
 
     Raises:
-        ConfigError: if there is no such file or column, no rows, or a row without text.
+        ConfigError: if there is no such file or column, or no usable row.
     """
-    import datasets
-    import pyarrow as pa
-
     kind, files = find_files(config.data)
-    datasets.disable_progress_bars()
-    try:
-        stream = datasets.load_dataset(kind, data_files=[str(file) for file in files], split="train", streaming=True)
-        rows = list(stream.take(config.num_sequences))
-    except (pa.ArrowException, datasets.exceptions.DatasetsError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"{config.data} cannot be read ({reason}): it is empty or damaged") from error
-    texts = []
-    for number, row in enumerate(rows):
-        if config.text_column not in row:
-            raise ConfigError(f"{config.data} has no column {config.text_column!r} (there: {', '.join(row)}): set text_column")
-        if not isinstance(row[config.text_column], str) or not row[config.text_column]:
-            raise ConfigError(f"{config.data}: row {number} has no text in {config.text_column!r}: remove or mend it")
-        texts.append(row[config.text_column])
-    if not texts:
-        raise ConfigError(f"{config.data} has no rows")
-    return texts
+    remarks: list[RowRemark] = []
 
+    def usable() -> Iterator[TextRow]:
+        for file, number, row in _rows(kind, files):
+            problem, text, domain = None, None, ""
+            if not isinstance(row, dict):
+                problem = "not a JSON object"
+            elif config.text_column not in row and (kind == "parquet" or number == 0):
+                raise ConfigError(f"{file} has no column {config.text_column!r} (there: {', '.join(row)}): set text_column")
+            else:
+                text = row.get(config.text_column)
+                if text is None:
+                    problem = "null"
+                elif not isinstance(text, str):
+                    problem = f"not text but {type(text).__name__}"
+                elif not text.strip():
+                    problem = "empty"
+                if config.domain_column is not None:
+                    if config.domain_column not in row:
+                        raise ConfigError(f"{file}: row {number} has no column {config.domain_column!r}: set domain_column")
+                    domain = str(row[config.domain_column])
+            if problem is None and text is not None:
+                yield TextRow(str(file), number, text, domain)
+            else:
+                remarks.append(RowRemark(str(file), number, f"skipped: {problem}"))
 
-def data_digest(texts: list[str]) -> str:
-    """SHA-256 of the texts, in order."""
-    digest = hashlib.sha256()
-    for text in texts:
-        digest.update(hashlib.sha256(text.encode()).digest())
-    return digest.hexdigest()
+    rows = list(islice(usable(), config.num_sequences))
+    if not rows:
+        reason = f"all {len(remarks)} rows are unusable, the first is {remarks[0].remark}" if remarks else "there are no rows"
+        raise ConfigError(f"{config.data} has no usable text in {config.text_column!r}: {reason}")
+    return rows, remarks

@@ -1,190 +1,193 @@
-"""The calibration job: Ray actors run batches of text through the model, their sums are merged into one artifact."""
+"""The calibration job: Ray workers turn shards of text into sums, the sums become matrices, the matrices are judged and kept.
+
+Every finished task is on disk before the next step counts on it; the same command continues where a killed one stopped.
+"""
 
 import dataclasses
-import hashlib
-import json
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from calibration_jobs.cluster import start_ray
-from calibration_jobs.inputs import data_digest, read_texts
-from calibration_jobs.models import make_empty_model, read_model_config
-from calibration_jobs.tracking import NullTracker, track
+from calibration_jobs.cluster import Task
+from calibration_jobs.inputs import read_rows
+from calibration_jobs.judge import assess
+from calibration_jobs.merge import InOrder, MergedSums
+from calibration_jobs.models import ModelFacts, inspect_model, load_tokenizer
+from calibration_jobs.plan import Plan, make_plan, tokenize
+from calibration_jobs.quality import agreement
+from calibration_jobs.record import record, summary
+from calibration_jobs.store import JobFolder, Result, digest_of, write_json
+from calibration_jobs.tasks import TaskRunner
+from calibration_jobs.tracking import NullTracker, resume, track
 from conf.schema import CalibrateConfig, ConfigError
+from ops.digest import files_digest
+from ops.similarity import FILE_NAME, SimilarityArtifact
 
-if TYPE_CHECKING:
-    from ops.similarity import SimilarityArtifact
+# What may differ between a job and its continuation: it changes where and how fast, not what.
+_NOT_IDENTITY = (
+    "output", "overwrite", "num_workers", "num_cpus_per_worker", "num_gpus_per_worker", "max_memory_gib", "registered_model",
+    "promote_if", "judge", "tracking",
+)  # fmt: skip
 
 
-class CalibrationWorker:
-    """One copy of the model and the sums of the batches it was given. A plain class: the job makes it a Ray actor."""
+@dataclass(frozen=True)
+class Calibration:
+    """What a job left."""
 
-    def __init__(self, config: CalibrateConfig) -> None:
-        import torch
-        import transformers
+    file: Path
+    name: str
+    """Registered model."""
+    version: str | None
+    """Version in the MLflow registry; None without tracking."""
+    promoted: bool
+    was_finished: bool
+    """Nothing was to be done."""
+    num_redone: int = 0
+    """Tasks of this call; what an earlier one had finished is not among them."""
 
-        from calibration_jobs.capture import ExpertCapture
-        from calibration_jobs.metrics import METRIC_CLASSES, SimilarityMetric
 
-        transformers.utils.logging.set_verbosity_error()
-        transformers.utils.logging.disable_progress_bar()
-        self.device = "cuda" if config.num_gpus_per_worker else "cpu"
-        self.config = config
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            config.model, dtype=getattr(torch, config.dtype), trust_remote_code=config.trust_remote_code
+def _calibrate_shards(tasks: TaskRunner, plan: Plan, tracker: NullTracker) -> tuple[MergedSums, list[dict[str, Any]]]:
+    """All shards' sums, and how the agreement of the two halves grew with tokens."""
+    merged, in_order, growth = MergedSums(), InOrder(plan.shards), []
+    by_name = {shard.name: shard for shard in plan.shards}
+    done_tokens = 0
+    for task, (_, info) in tasks.run([Task(s.name, "sums", (s.rows,)) for s in plan.shards], "Calibrating"):
+        done_tokens += info["num_tokens"]
+        tracker.log_metrics(
+            {"progress/tokens": done_tokens, "progress/worker_peak_memory_mib": info["peak_memory_bytes"] / 2**20},
+            step=by_name[task.name].index,
         )
-        # On the CPU the eager path is about 40 times slower.
-        model.set_experts_implementation("grouped_mm")
-        self.model = model.eval().to(self.device)
-        self.tokenizer = transformers.AutoTokenizer.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
-        if self.tokenizer.pad_token is None:
-            self.tokenizer.pad_token = self.tokenizer.eos_token
-        self.tokenizer.padding_side = "right"
-        self.capture = ExpertCapture(self.model, self._observe)
-        self.sums: dict[tuple[int, str], SimilarityMetric] = {
-            (layer, metric): METRIC_CLASSES[metric](module.num_experts)
-            for layer, module in self.capture.experts.items()
-            for metric in config.metrics
-        }
-
-    def _observe(self, layer: int, outputs: Any) -> None:
-        for metric in self.config.metrics:
-            self.sums[layer, metric].update(outputs)
-
-    def run(self, texts: list[str]) -> int:
-        """Add one batch; returns its number of tokens, padding left out."""
-        batch = self.tokenizer(
-            texts, return_tensors="pt", padding=True, truncation=True, max_length=self.config.sequence_length
-        ).to(self.device)
-        self.capture.run(batch["input_ids"], batch["attention_mask"])
-        return int(batch["attention_mask"].sum())
-
-    def result(self) -> dict[tuple[int, str], Any]:
-        """The sums so far."""
-        return self.sums
+        for shard in in_order.arrive(by_name[task.name]):
+            sums, details = tasks.stored(shard.name) or _lost(shard.name)
+            merged.add(shard, sums, details["num_tokens"])
+            # At powers of two, and at the end.
+            if merged.num_shards & (merged.num_shards - 1) == 0 or merged.num_shards == len(plan.shards):
+                halves = merged.matrices(half=0), merged.matrices(half=1)
+                if all(halves):
+                    metrics = list(dict.fromkeys(name for _, name in halves[0]))
+                    figures = agreement(*halves, metrics)
+                    growth.append({"num_tokens": merged.num_tokens(), "metrics": figures})
+                    for metric, values in figures.items():
+                        found = {f"reliability/{metric}_{figure}": values[figure] for figure in ("spearman", "decision")}
+                        tracker.log_metrics(found, step=merged.num_tokens())
+    return merged, growth
 
 
-def _run_batches(config: CalibrateConfig, texts: list[str]) -> dict[tuple[int, str], Any]:
-    """All batches over all workers; returns the merged sums."""
-    import ray
-    from ray.util import ActorPool
-    from rich.progress import track as progress
-
-    batches = [texts[i : i + config.batch_size] for i in range(0, len(texts), config.batch_size)]
-    actor = ray.remote(num_cpus=config.num_cpus_per_worker, num_gpus=config.num_gpus_per_worker)(CalibrationWorker)
-    workers = [actor.remote(config) for _ in range(min(config.num_workers, len(batches)))]
-    try:
-        pool = ActorPool(workers)
-        done = pool.map_unordered(lambda worker, batch: worker.run.remote(batch), batches)
-        for _ in progress(done, description="Calibrating", total=len(batches)):
-            pass
-        merged: dict[tuple[int, str], Any] = {}
-        for sums in ray.get([worker.result.remote() for worker in workers]):
-            for key, metric in sums.items():
-                if key in merged:
-                    merged[key].merge(metric)
-                else:
-                    merged[key] = metric
-        return merged
-    finally:
-        for worker in workers:
-            ray.kill(worker)
+def _lost(name: str) -> Result:
+    raise ConfigError(f"the result of {name} was damaged on disk right after it was written: check the disk, then run again")
 
 
-def _make_artifact(config: CalibrateConfig, texts: list[str], sums: dict[tuple[int, str], Any]) -> "SimilarityArtifact":
+def _manifest(
+    config: CalibrateConfig, model: ModelFacts, plan: Plan, folder: JobFolder, layers: list[int], num_tokens: int
+) -> dict:
     import torch
     import transformers
 
-    from ops.digest import model_digest
-    from ops.similarity import SimilarityArtifact
-
-    layers = sorted({layer for layer, _ in sums})
-    first = sums[layers[0], config.metrics[0]]
-    settings = json.dumps(dataclasses.asdict(config), sort_keys=True)
-    manifest = {
-        "num_experts": first.sums.shape[0],
+    return {
+        "num_experts": model.num_experts,
         "layers": layers,
         "metrics": list(config.metrics),
-        "model": {"name": config.model, "digest": model_digest(config.model)},
-        "data": {"source": config.data, "digest": data_digest(texts), "num_sequences": len(texts)},
-        "num_tokens": first.num_tokens,
-        "config_digest": hashlib.sha256(settings.encode()).hexdigest(),
+        "model": {"name": config.model, "digest": model.digest, "dtype": config.dtype},
+        "data": {
+            "source": config.data,
+            "digest": plan.digest,
+            "num_sequences": plan.num_calibration_rows,
+            "num_held_out": len(plan.held_out),
+            "domains": plan.domains,
+        },
+        "num_tokens": num_tokens,
+        "block_tokens": model.block_tokens,
+        "config_digest": folder.digest,
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         },
     }
-    return SimilarityArtifact({key: metric.finalize() for key, metric in sums.items()}, manifest)
 
 
-def _off_diagonal(matrix: Any) -> Any:
-    import torch
-
-    return matrix[~torch.eye(matrix.shape[0], dtype=torch.bool)]
-
-
-def _heatmaps(artifact: "SimilarityArtifact") -> Iterator[tuple[int, Any]]:
-    """One picture per layer, a panel per metric."""
-    from matplotlib.figure import Figure
-
-    for layer in artifact.layers:
-        figure = Figure(figsize=(4.2 * len(artifact.metrics), 4), layout="constrained")
-        panels = figure.subplots(1, len(artifact.metrics), squeeze=False)[0]
-        for panel, metric in zip(panels, artifact.metrics, strict=True):
-            image = panel.imshow(artifact.matrix(layer, metric).numpy(), vmin=0, vmax=1, cmap="viridis")
-            panel.set(title=f"layer {layer}, {metric}", xlabel="replacement", ylabel="expert replaced")
-        figure.colorbar(image, ax=list(panels), shrink=0.8)
-        yield layer, figure
+@contextmanager
+def _run_of(config: CalibrateConfig, folder: JobFolder, key: str) -> Iterator[NullTracker]:
+    """The MLflow run of this job: a new one, or the one an interrupted call began."""
+    before = folder.noted("run") or {}
+    known = before.get("run_id") if before.get("key") == key else None
+    with track(config.tracking, kind="calibrate", default_name="calibrate", run_id=resume(config.tracking, known)) as tracker:
+        folder.note("run", {"run_id": tracker.run_id, "key": key})
+        yield tracker
 
 
-def _record(tracker: NullTracker, config: CalibrateConfig, artifact: "SimilarityArtifact", file: Path) -> str | None:
-    for layer in artifact.layers:
-        values = {}
-        for metric in artifact.metrics:
-            off_diagonal = _off_diagonal(artifact.matrix(layer, metric))
-            values |= {
-                f"{metric}/off_diagonal_mean": off_diagonal.mean().item(),
-                f"{metric}/off_diagonal_min": off_diagonal.min().item(),
-                f"{metric}/off_diagonal_max": off_diagonal.max().item(),
-            }
-        tracker.log_metrics(values, step=layer)
-    for layer, figure in _heatmaps(artifact):
-        tracker.log_figure(figure, f"heatmaps/layer_{layer:03d}.png")
-    manifest = artifact.manifest
-    tags = {"model": config.model, "num_tokens": str(manifest["num_tokens"]), "metrics": ",".join(artifact.metrics)}
-    return tracker.register_artifact(file, name=config.registered_model, alias=config.alias, tags=tags)
-
-
-def calibrate(config: CalibrateConfig) -> tuple[Path, str | None]:
-    """Run the job.
-
-    Returns:
-        The artifact's file, and its version in the MLflow registry (None without tracking).
+def calibrate(config: CalibrateConfig) -> Calibration:
+    """Run the job, or what is left of it.
 
     Raises:
-        ConfigError: if the model or the data cannot be used.
+        ConfigError: if the model, the data or the output cannot be used; before any work where that can be known.
     """
-    from calibration_jobs.capture import find_expert_modules
-    from ops.digest import model_digest
-    from ops.similarity import FILE_NAME
-
     output = Path(config.output)
     if output.name != FILE_NAME:
         raise ConfigError(f"output must be a path ending in {FILE_NAME}, got {config.output}")
-    trust = config.trust_remote_code
-    model_config = read_model_config(config.model, trust_remote_code=trust)
-    # Before any worker starts: is it a model whose experts can be captured?
-    find_expert_modules(make_empty_model(model_config, trust_remote_code=trust))
-    texts = read_texts(config)
-    start_ray(config.num_workers * config.num_cpus_per_worker)
-    with track(config.tracking, kind="calibrate", default_name="calibrate") as tracker:
-        tracker.log_config(config)
-        tracker.log_params({"model_digest": model_digest(config.model)})
-        tracker.log_dataset(source=config.data, digest=data_digest(texts), num_rows=len(texts), context="calibration")
-        artifact = _make_artifact(config, texts, _run_batches(config, texts))
-        file = artifact.save(output)
-        tracker.log_metrics({"num_tokens": artifact.manifest["num_tokens"], "num_sequences": len(texts)})
-        return file, _record(tracker, config, artifact, file)
+    model = inspect_model(config)
+    rows, remarks = read_rows(config)
+    token_rows, cut = tokenize(config, load_tokenizer(config), rows)
+    plan = make_plan(config, token_rows)
+    identity = {name: value for name, value in dataclasses.asdict(config).items() if name not in _NOT_IDENTITY}
+    identity |= {"model_digest": model.digest, "data_digest": plan.digest, "block_tokens": model.block_tokens}
+    identity["held_out_rows"] = config.judge.held_out_rows
+    name = config.registered_model or f"sere-{Path(config.model).name}"
+    with JobFolder(output.parent / "calibration", identity, overwrite=config.overwrite) as folder:
+        # The run and its figures belong to the judging, too; the sums do not.
+        key = _key(config, folder, name)
+        finished = folder.noted("finished")
+        if finished and finished["key"] == key and output.is_file() and files_digest([output]) == finished["file"]:
+            return Calibration(output, name, finished["version"], finished["promoted"], was_finished=True)
+        _write_remarks(folder.path / "rows.jsonl", [*remarks, *cut])
+        with _run_of(config, folder, key) as tracker, TaskRunner(config, model, folder) as tasks:
+            tracker.log_config(config)
+            tracker.log_params(
+                {"model_digest": model.digest, "data_digest": plan.digest, "used_block_tokens": model.block_tokens}
+            )
+            tracker.log_dataset(source=config.data, digest=plan.digest, num_rows=len(token_rows), context="calibration")
+            skipped = sum(remark.remark.startswith("skipped") for remark in (*remarks, *cut))
+            tracker.log_metrics(
+                {
+                    "num_sequences": plan.num_calibration_rows,
+                    "num_held_out": len(plan.held_out),
+                    "num_skipped_rows": skipped,
+                    "num_cut_rows": len(remarks) + len(cut) - skipped,
+                }
+            )
+            merged, growth = None, []
+            matrices, num_tokens = {}, 0
+            if set(config.metrics) != {"weights"}:
+                merged, growth = _calibrate_shards(tasks, plan, tracker)
+                matrices, num_tokens = merged.matrices(), merged.num_tokens()
+            if "weights" in config.metrics:
+                ((_, (found, _)),) = tasks.run([Task("weights", "weights", ())], "Comparing weights")
+                matrices |= {(int(layer), "weights"): matrix for layer, matrix in found.items()}
+            quality = assess(config, model, tasks, plan, merged, matrices, growth, key, name)
+            layers = sorted({layer for layer, _ in matrices})
+            manifest = _manifest(config, model, plan, folder, layers, num_tokens) | {"quality": summary(quality)}
+            artifact = SimilarityArtifact(matrices, manifest)
+            write_json(folder.path / "quality.json", quality)
+            artifact.save(output)
+            tracker.log_metrics({"num_tokens": num_tokens, "num_replaced_workers": tasks.num_replaced})
+            version, promoted = record(tracker, config, name, artifact, quality, output, folder.path)
+            folder.note("finished", {"key": key, "version": version, "promoted": promoted, "file": files_digest([output])})
+            return Calibration(output, name, version, promoted, was_finished=False, num_redone=tasks.num_done)
+
+
+def _key(config: CalibrateConfig, folder: JobFolder, name: str) -> str:
+    """What one MLflow run and one version belong to: the sums, how they are judged, and where that is recorded."""
+    judge, tracking = dataclasses.asdict(config.judge), config.tracking
+    values = {"job": folder.digest, "judge": judge, "name": name, "promote_if": config.promote_if}
+    return digest_of(values | {"uri": tracking.uri, "experiment": tracking.experiment})[:12]
+
+
+def _write_remarks(path: Path, remarks: Sequence[Any]) -> None:
+    import json
+
+    aside = path.with_name(f".{path.name}")
+    aside.write_text("".join(json.dumps(dataclasses.asdict(remark)) + "\n" for remark in remarks))
+    aside.replace(path)

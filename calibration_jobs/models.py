@@ -1,8 +1,15 @@
-"""Reading a model's configuration, with errors that a user can act on."""
+"""Reading and loading models, with errors that a user can act on."""
 
-from typing import Any
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from conf.schema import ConfigError
+from conf.schema import CalibrateConfig, ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 
 def read_model_config(model: str, *, trust_remote_code: bool) -> Any:
@@ -28,3 +35,103 @@ def make_empty_model(model_config: Any, *, trust_remote_code: bool) -> Any:
 
     with torch.device("meta"):
         return transformers.AutoModelForCausalLM.from_config(model_config, trust_remote_code=trust_remote_code)
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What is known of the model before it is loaded."""
+
+    digest: str | None
+    num_experts: int
+    top_k: int | None
+    block_tokens: int
+
+
+def inspect_model(config: CalibrateConfig) -> ModelFacts:
+    """Refuse a model that cannot be calibrated, before any work."""
+    from calibration_jobs.capture import find_expert_modules
+    from calibration_jobs.weights import check_weights
+    from calibration_jobs.worker import block_tokens_of
+    from ops.digest import model_digest
+
+    trust = config.trust_remote_code
+    model_config = read_model_config(config.model, trust_remote_code=trust)
+    text_config = model_config.get_text_config()
+    experts = find_expert_modules(make_empty_model(model_config, trust_remote_code=trust))
+    counts = {module.num_experts for module in experts.values()}
+    if len(counts) > 1:
+        raise ConfigError(f"{config.model} has layers of {sorted(counts)} experts: such models are not supported")
+    if "weights" in config.metrics:
+        for module in experts.values():
+            check_weights(module)
+    context = getattr(text_config, "max_position_embeddings", None)
+    if context is not None and config.sequence_length > context:
+        raise ConfigError(f"sequence_length must be at most the model's context, {context}, got {config.sequence_length}")
+    (num_experts,) = counts
+    return ModelFacts(
+        digest=model_digest(config.model),
+        num_experts=num_experts,
+        top_k=getattr(text_config, "num_experts_per_tok", None),
+        block_tokens=block_tokens_of(config, num_experts=num_experts, hidden_size=text_config.hidden_size),
+    )
+
+
+def load_tokenizer(config: CalibrateConfig) -> Any:
+    """The model's tokenizer.
+
+    Raises:
+        ConfigError: if the model has none.
+    """
+    import transformers
+
+    try:
+        return transformers.AutoTokenizer.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"the tokenizer of {config.model} cannot be read ({str(error).splitlines()[0]})") from error
+
+
+def load_model(config: CalibrateConfig, offload_folder: str | Path) -> "nn.Module":
+    """The model in evaluation mode, on this worker's GPUs or on the CPU.
+
+    With `max_memory_gib`, as many layers as fit stay in memory; the others are read from disk each time they are used.
+
+    Args:
+        config: The settings.
+        offload_folder: Where weights are written that cannot be read from the checkpoint as they are.
+    """
+    import torch
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    placement: dict[str, Any] = {}
+    num_gpus = math.ceil(config.num_gpus_per_worker)
+    if config.max_memory_gib is not None:
+        limit = int(config.max_memory_gib * 2**30)
+        # Accelerate takes 0 for "no such device", as it does a missing key; GPUs share the limit.
+        memory = {gpu: limit // num_gpus for gpu in range(num_gpus)} | ({} if num_gpus else {"cpu": limit})
+        placement = {"device_map": "auto", "max_memory": memory, "offload_folder": str(offload_folder)}
+    elif num_gpus:
+        placement = {"device_map": "auto"}
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        config.model,
+        dtype=config.dtype if config.dtype == "auto" else getattr(torch, config.dtype),
+        trust_remote_code=config.trust_remote_code,
+        **placement,
+    )
+    # On the CPU the eager path is about 40 times slower.
+    model.set_experts_implementation("grouped_mm")
+    return model.eval()
+
+
+def pad_rows(rows: Sequence[Sequence[int]], device: Any = "cpu") -> dict[str, "Tensor"]:
+    """Token rows as one batch: `input_ids` and `attention_mask`, int64 `[num_rows, longest row]`, padded on the right.
+
+    The padding token does not matter: it is masked, follows every other token, and does not count.
+    """
+    import torch
+
+    width = max(len(row) for row in rows)
+    ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device)
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
+    return {"input_ids": ids, "attention_mask": mask}

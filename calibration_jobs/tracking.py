@@ -1,9 +1,11 @@
 """Runs, metrics, pictures, model versions and aliases: the only user of MLflow. `track` with an empty URI records nothing."""
 
 import dataclasses
+import hashlib
 import json
 import logging
 import os
+import re
 import socket
 import subprocess
 from collections.abc import Iterator, Mapping
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
 
 _PORTS = {"http": 80, "https": 443}
 REGISTRY_SCHEME = "models:/"
+CANDIDATE, CHAMPION = "candidate", "champion"
+"""Aliases: the newest version, and the one that was chosen."""
 _MAX_PARAM_LENGTH = 500
 
 
@@ -42,9 +46,18 @@ class NullTracker:
     def log_dataset(self, *, source: str, digest: str, num_rows: int, context: str) -> None:
         """Record a dataset as an input of the run."""
 
+    def log_file(self, file: Path) -> None:
+        """Record a file among the run's artifacts."""
+
     def register_artifact(self, file: Path, *, name: str, alias: str, tags: Mapping[str, str]) -> str | None:
-        """Store a file as a new version of registered model `name`, give it `alias`, and return its version."""
+        """Store a file as a new version of registered model `name`, give it `alias`, and return its version.
+
+        Done once: a run that has registered the very file, and was interrupted after that, gets the same version again.
+        """
         return None
+
+    def set_alias(self, name: str, alias: str, version: str) -> None:
+        """Move an alias of a registered model to a version."""
 
 
 class MlflowTracker(NullTracker):
@@ -63,7 +76,10 @@ class MlflowTracker(NullTracker):
     def log_params(self, params: Mapping[str, Any]) -> None:
         import mlflow
 
-        mlflow.log_params({key: str(value)[:_MAX_PARAM_LENGTH] for key, value in params.items()})
+        # A run that goes on may have other workers than it began with; MLflow refuses to change a param.
+        known = mlflow.get_run(self.run_id).data.params
+        new = {key: str(value)[:_MAX_PARAM_LENGTH] for key, value in params.items() if key not in known}
+        mlflow.log_params(new)
 
     def log_metrics(self, metrics: Mapping[str, float], *, step: int = 0) -> None:
         import mlflow
@@ -100,10 +116,24 @@ class MlflowTracker(NullTracker):
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-        source = f"{mlflow.get_artifact_uri()}/similarity"
-        version = client.create_model_version(name, source, run_id=self.run_id, tags=dict(tags)).version
+        tags = {**tags, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+        known = client.search_model_versions(f"name = '{name}' and run_id = '{self.run_id}'")
+        version = next((str(v.version) for v in known if v.tags.get("sha256") == tags["sha256"]), None)
+        if version is None:
+            source = f"{mlflow.get_artifact_uri()}/similarity"
+            version = str(client.create_model_version(name, source, run_id=self.run_id, tags=tags).version)
         client.set_registered_model_alias(name, alias, version)
-        return str(version)
+        return version
+
+    def log_file(self, file: Path) -> None:
+        import mlflow
+
+        mlflow.log_artifact(str(file))
+
+    def set_alias(self, name: str, alias: str, version: str) -> None:
+        import mlflow
+
+        mlflow.MlflowClient().set_registered_model_alias(name, alias, version)
 
 
 def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -178,13 +208,14 @@ def source_commit() -> str:
 
 
 @contextmanager
-def track(config: TrackingConfig, *, kind: str, default_name: str) -> Iterator[NullTracker]:
+def track(config: TrackingConfig, *, kind: str, default_name: str, run_id: str | None = None) -> Iterator[NullTracker]:
     """A run that ends FINISHED, or FAILED if the block raises.
 
     Args:
         config: Where to record; an empty `uri` records nothing.
         kind: Tag `sere.kind`: calibrate or generate.
         default_name: Run name where the config has none.
+        run_id: A run to go on with, instead of a new one.
     """
     if not config.uri:
         yield NullTracker()
@@ -194,8 +225,74 @@ def track(config: TrackingConfig, *, kind: str, default_name: str) -> Iterator[N
 
     experiment_id = use_experiment(config)
     tags = {"sere.kind": kind, "sere.commit": source_commit()}
-    with mlflow.start_run(experiment_id=experiment_id, run_name=config.run_name or default_name, tags=tags) as run:
+    if run_id is not None:
+        started = mlflow.start_run(run_id=run_id, tags=tags)
+    else:
+        started = mlflow.start_run(experiment_id=experiment_id, run_name=config.run_name or default_name, tags=tags)
+    with started as run:
         yield MlflowTracker(run.info.run_id)
+
+
+def resume(config: TrackingConfig, run_id: str | None) -> str | None:
+    """The run, if it is still there to go on with; else None."""
+    if run_id is None or not config.uri:
+        return None
+    use_store(config.uri)
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    try:
+        run = mlflow.get_run(run_id)
+    except MlflowException:
+        return None
+    return run_id if run.info.lifecycle_stage == "active" else None
+
+
+def alias_version(uri: str, name: str, alias: str) -> str | None:
+    """The version that an alias of a registered model points to, or None."""
+    use_store(uri)
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return str(mlflow.MlflowClient().get_model_version_by_alias(name, alias).version)
+    except MlflowException as error:
+        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            return None
+        raise _unusable(uri, error) from error
+
+
+def promote(version_uri: str, *, uri: str) -> tuple[str, str, str | None]:
+    """Move alias champion to a version given as `models:/NAME/VERSION` or `models:/NAME@ALIAS`.
+
+    Returns:
+        The model's name, the version, and the champion before (None: there was none).
+
+    Raises:
+        ConfigError: if the form is wrong or there is no such version.
+    """
+    match = re.fullmatch(r"models:/([^/@]+)(?:/(\d+)|@([^/@]+))", version_uri)
+    if match is None:
+        raise ConfigError(f"{version_uri!r} must be models:/NAME/VERSION or models:/NAME@ALIAS")
+    name, number, alias = match.groups()
+    version = number or alias_version(uri, name, alias)
+    use_store(uri)
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    client = mlflow.MlflowClient()
+    try:
+        if version is None:
+            raise MlflowException(f"there is no alias {alias!r}")
+        client.get_model_version(name, version)
+        before = alias_version(uri, name, CHAMPION)
+        client.set_registered_model_alias(name, CHAMPION, version)
+    except MlflowException as error:
+        raise ConfigError(
+            f"{version_uri} cannot be promoted in {uri} ({str(error).splitlines()[0]}): look at the versions in the MLflow UI, "
+            "or give the tracking.uri of the calibration with --uri"
+        ) from error
+    return name, version, before
 
 
 def resolve_artifact(path_or_uri: str, *, tracking_uri: str | None, folder: Path) -> Path:

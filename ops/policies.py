@@ -113,6 +113,12 @@ class SerePolicy(Policy):
         return topk_weights, new_ids
 
 
+def random_similarity(seed: int, layer: int, num_experts: int) -> Tensor:
+    """A random similarity of one layer, float32 `[num_experts, num_experts]`, not symmetric, the same for the same seed."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + layer)
+    return torch.rand((num_experts, num_experts), generator=generator, dtype=torch.float32, device="cpu")
+
+
 class RandomPolicy(SerePolicy):
     """Each secondary expert is replaced by a random primary expert: how much does similarity matter?
 
@@ -123,9 +129,7 @@ class RandomPolicy(SerePolicy):
     needs_similarity = False
 
     def __init__(self, config: RerouteConfig, layer: LayerInfo, similarity: Tensor | None = None) -> None:
-        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + layer.index)
-        size = (layer.num_experts, layer.num_experts)
-        super().__init__(config, layer, torch.rand(size, generator=generator, dtype=torch.float32, device="cpu"))
+        super().__init__(config, layer, random_similarity(config.seed, layer.index, layer.num_experts))
 
     def _least_similarity(self) -> float:
         return 0.0

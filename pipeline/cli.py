@@ -4,6 +4,10 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 # Nothing is reported to anyone unless the user asks for it.
 _QUIET = {
@@ -15,6 +19,13 @@ _QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
 }
 EXIT_USER_ERROR = 2
+_URI = "sqlite:///runs/mlflow.db"
+# Second words of `sere calibrate`; any other one is a config file.
+_ARTIFACT_COMMANDS = {
+    "inspect": "show an artifact's manifest and quality",
+    "diff": "show how two artifacts differ",
+    "promote": "make a version the champion",
+}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -30,9 +41,19 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=f"{text.capitalize()}.")
         command.add_argument("config", help=f"YAML file; see conf/{name}.yaml")
         command.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the file's")
+    for name, text in _ARTIFACT_COMMANDS.items():
+        command = commands.add_parser(f"calibrate {name}", help=text, description=f"{text.capitalize()}.")
+        if name == "promote":
+            command.add_argument("version", help="models:/NAME/VERSION or models:/NAME@ALIAS")
+        else:
+            for artifact in ("artifact",) if name == "inspect" else ("first", "second"):
+                command.add_argument(artifact, help="path, or models:/NAME@ALIAS, or models:/NAME/VERSION")
+        if name == "inspect":
+            command.add_argument("--output", help="folder for the pictures")
+        command.add_argument("--uri", default=_URI, help="MLflow tracking URI (default: %(default)s)")
     compare = commands.add_parser("compare", help="compare the generate runs of an experiment")
     compare.add_argument("experiment", help="MLflow experiment")
-    compare.add_argument("--uri", default="sqlite:///runs/mlflow.db", help="MLflow tracking URI (default: %(default)s)")
+    compare.add_argument("--uri", default=_URI, help="MLflow tracking URI (default: %(default)s)")
     compare.add_argument("--output", default="runs", help="folder for compare.csv and compare.png (default: %(default)s)")
     return parser
 
@@ -50,14 +71,22 @@ def _run(arguments: argparse.Namespace) -> None:
         compare(arguments.experiment, uri=arguments.uri, output=arguments.output, console=console)
         return
 
+    if arguments.command.startswith("calibrate "):
+        _run_on_artifact(arguments, console)
+        return
+
     from conf.load import load_config
 
     if arguments.command == "calibrate":
         from calibration_jobs.job import calibrate
 
-        file, version = calibrate(load_config(CalibrateConfig, arguments.config, arguments.overrides))
-        registered = f", registered as version {version}" if version is not None else ""
-        console.print(f"Wrote {file}{registered}", soft_wrap=True, highlight=False)
+        done = calibrate(load_config(CalibrateConfig, arguments.config, arguments.overrides))
+        line = f"Finished before: {done.file}" if done.was_finished else f"Wrote {done.file}"
+        if done.version is not None:
+            line += f", version {done.version} of {done.name}{' and its champion' if done.promoted else ''}"
+        if done.was_finished:
+            line += " (overwrite=true starts anew)"
+        console.print(line, soft_wrap=True, highlight=False)
     else:
         from pipeline.generate import generate
 
@@ -71,9 +100,23 @@ def _run(arguments: argparse.Namespace) -> None:
         console.print(line, soft_wrap=True, highlight=False)
 
 
+def _run_on_artifact(arguments: argparse.Namespace, console: "Console") -> None:
+    from calibration_jobs import versions
+
+    if arguments.command == "calibrate inspect":
+        versions.inspect(arguments.artifact, uri=arguments.uri, output=arguments.output, console=console)
+    elif arguments.command == "calibrate diff":
+        versions.diff(arguments.first, arguments.second, uri=arguments.uri, console=console)
+    else:
+        versions.promote(arguments.version, uri=arguments.uri, console=console)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit status: 0, or 2 for an error the user can mend."""
-    arguments = _parser().parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["calibrate"] and words[1:2] and words[1] in _ARTIFACT_COMMANDS:
+        words[:2] = [" ".join(words[:2])]
+    arguments = _parser().parse_args(words)
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
 
@@ -85,7 +128,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"sere: {' '.join(str(error).split())}", file=sys.stderr)  # noqa: T201
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
-        print("sere: interrupted, nothing was written", file=sys.stderr)  # noqa: T201
+        kept = "the same command continues" if arguments.command == "calibrate" else "nothing was written"
+        print(f"sere: interrupted, {kept}", file=sys.stderr)  # noqa: T201
         return 130
     return 0
 

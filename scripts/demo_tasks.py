@@ -113,15 +113,20 @@ def examples(split: Split, seed: int) -> Iterator[tuple[str, str, str]]:
             yield task, prompt, answer
 
 
-def library_text(split: Split) -> bytes:
+def library_files(split: Split) -> list[bytes]:
     """The standard library's source and its English documentation (`pydoc_data`): one split's files, sorted by path."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    parts = []
+    found = []
     for path in sorted(root.rglob("*.py")):
         name = path.relative_to(root).as_posix()
         if not _NOT_LIBRARY.intersection(path.relative_to(root).parts) and split_of(name) == split:
-            parts.append(path.read_bytes())
-    return b"\n\n".join(parts)
+            found.append(path.read_bytes())
+    return found
+
+
+def library_text(split: Split) -> bytes:
+    """One split's files as one text."""
+    return b"\n\n".join(library_files(split))
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:

@@ -1,0 +1,127 @@
+"""What runs on a calibration worker: one copy of the model, and the work on one shard or one held-out batch at a time.
+
+A plain class; the job makes it a Ray actor. Every result depends on the arguments and the config alone.
+"""
+
+import resource
+import tempfile
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from calibration_jobs.plan import TokenRow
+from calibration_jobs.store import Result
+from conf.schema import CalibrateConfig, ConfigError
+
+
+def block_tokens_of(config: CalibrateConfig, *, num_experts: int, hidden_size: int) -> int:
+    """Tokens of a block: `block_tokens`, or as many as fit `max_activation_bytes`.
+
+    A token takes its outputs of all experts in the model's dtype, and two float32 copies that the metrics make.
+
+    Raises:
+        ConfigError: if not even four tokens fit, the least that the CKA estimate needs.
+    """
+    bytes_per_token = num_experts * hidden_size * ((4 if config.dtype == "float32" else 2) + 8)
+    fitting = config.max_activation_bytes // bytes_per_token
+    if fitting < 4:
+        raise ConfigError(
+            f"max_activation_bytes must be at least {4 * bytes_per_token} for this model (4 tokens of {num_experts} experts of "
+            f"{hidden_size} values, {bytes_per_token} bytes a token), got {config.max_activation_bytes}"
+        )
+    return min(config.block_tokens, fitting)
+
+
+class CalibrationWorker:
+    """One copy of the model."""
+
+    def __init__(self, config: CalibrateConfig, block_tokens: int) -> None:
+        self._config = config
+        self._block_tokens = block_tokens
+        self._device = "cuda" if config.num_gpus_per_worker else "cpu"
+        self._model: Any = None
+        self._offload: tempfile.TemporaryDirectory | None = None
+
+    def ready(self) -> None:
+        """Load the model. Not in the constructor: an error there would reach the driver as a dead actor."""
+        from calibration_jobs.models import load_model
+
+        self._offload = tempfile.TemporaryDirectory(prefix="sere-offload-")
+        self._model = load_model(self._config, self._offload.name)
+
+    def sums(self, rows: Sequence[TokenRow]) -> Result:
+        """Sums of all metrics over one shard: float64 `[num_experts, num_experts]` by `LAYER.METRIC`."""
+        from calibration_jobs.capture import find_expert_modules, observe_experts
+        from calibration_jobs.metrics import METRIC_CLASSES
+        from calibration_jobs.models import pad_rows
+
+        started = time.monotonic()
+        metrics = [metric for metric in self._config.metrics if metric in METRIC_CLASSES]
+        sums = {
+            (layer, metric): METRIC_CLASSES[metric](module.num_experts)
+            for layer, module in find_expert_modules(self._model).items()
+            for metric in metrics
+        }
+
+        def observe(layer: int, outputs: Any) -> None:
+            for metric in metrics:
+                sums[layer, metric].update(outputs)
+
+        size = self._config.batch_size
+        batches = [
+            pad_rows([row.tokens for row in rows[start : start + size]], self._device) for start in range(0, len(rows), size)
+        ]
+        num_tokens = observe_experts(self._model, batches, observe, block_tokens=self._block_tokens)
+        tensors = {f"{layer}.{metric}": part.sums for (layer, metric), part in sums.items()}
+        info = {"num_tokens": num_tokens, "elapsed_s": time.monotonic() - started, "peak_memory_bytes": self._peak_memory()}
+        return tensors, info
+
+    def _peak_memory(self) -> int:
+        """Bytes this worker held at most so far: of its GPUs, or, on the CPU, of the process."""
+        if self._device == "cuda":
+            import torch
+
+            return sum(torch.cuda.max_memory_allocated(gpu) for gpu in range(torch.cuda.device_count()))
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    def weights(self) -> Result:
+        """The data-free metric: float32 `[num_experts, num_experts]` by `LAYER`."""
+        import torch
+
+        from calibration_jobs.capture import ExpertsCall, intercept_experts
+        from calibration_jobs.models import pad_rows
+        from calibration_jobs.weights import weight_similarity
+
+        found = {}
+
+        def handle(call: ExpertsCall) -> torch.Tensor:
+            found[str(call.layer)] = weight_similarity(call.module)
+            return call.run()
+
+        # Any token will do: a forward pass brings each layer's weights into memory.
+        with torch.inference_mode(), intercept_experts(self._model, handle):
+            self._model(**pad_rows([[0]], self._device), use_cache=False, logits_to_keep=1)
+        return found, {}
+
+    def held_out(
+        self, rows: Sequence[TokenRow], candidates: Sequence[Any], batch_sizes: Sequence[int], primary_top_k: Sequence[int]
+    ) -> Result:
+        """Sums of `calibration_jobs.held_out.routing_error` by `LAYER`."""
+        from calibration_jobs.held_out import routing_error
+
+        sums = routing_error(
+            self._model,
+            [row.tokens for row in rows],
+            candidates,
+            primary_top_k=primary_top_k,
+            batch_sizes=batch_sizes,
+            block_tokens=self._block_tokens,
+            device=self._device,
+        )
+        return {str(layer): values for layer, values in sums.items()}, {}
+
+    def emulate(self, rows: Sequence[TokenRow], policies: Sequence[Any]) -> Result:
+        """Sums of `calibration_jobs.emulation.emulate` as `sums`."""
+        from calibration_jobs.emulation import emulate
+
+        return {"sums": emulate(self._model, [row.tokens for row in rows], policies, device=self._device)}, {}
