@@ -107,6 +107,7 @@ def _figures(sums: Tensor) -> dict[str, float]:
     value = dict(zip(held_out.SUMS, sums.tolist(), strict=True))
     return {
         "error": math.sqrt(value["squared_error"] / value["squared_output"]) if value["squared_output"] else math.nan,
+        "alignment": value["aligned"] / value["tokens"] if value["tokens"] else math.nan,
         "critical_share": value["critical"] / value["secondary"] if value["secondary"] else 0.0,
         "active_before": value["active_before"] / value["steps"] if value["steps"] else math.nan,
         "active_after": value["active_after"] / value["steps"] if value["steps"] else math.nan,

@@ -131,37 +131,37 @@ def _replacement(layer: int, module: nn.Module, own: Callable, handle: Handler) 
     return forward
 
 
-def observe_experts(
-    model: nn.Module, batches: list[dict[str, Tensor]], observe: Callable[[int, Tensor], None], *, block_tokens: int
-) -> int:
-    """Run batches through a model and hand every layer's all-experts outputs to an observer.
+Observer = Callable[[int, Tensor, Tensor], None]
 
-    The model's own results are not changed: the further calls of the experts happen beside them, on the same inputs.
+
+def observe_experts(model: nn.Module, batches: list[dict[str, Tensor]], observe: Observer, *, block_tokens: int) -> None:
+    """Run batches through a model and hand every layer's all-experts outputs to an observer, block by block.
+
+    The model's own results are not changed: the further calls of the experts happen beside them, on the same inputs. A block
+    is a random sample of its batch's tokens, the same one each time: neighbours in a text are alike, and the CKA of a block
+    of neighbours is not that of all tokens.
 
     Args:
         model: A Transformers MoE model in evaluation mode.
         batches: `input_ids` and `attention_mask`, int64 `[num_sequences, sequence_length]` each; padding does not count.
-        observe: Called with a layer index and outputs `[num_experts, num_tokens, hidden_size]`, several times a layer.
+        observe: Called with a layer index, outputs `[num_experts, num_tokens, hidden_size]`, and which of all batches' tokens
+            (counted without padding) they are, int64 `[num_tokens]`; several times a layer.
         block_tokens: Most tokens handed over at once.
-
-    Returns:
-        The number of tokens.
     """
-    valid: Tensor = torch.empty(0)
+    valid, first = torch.empty(0), 0
 
     def handle(call: ExpertsCall) -> Tensor:
         tokens = call.hidden_states[valid.to(call.hidden_states.device)]
+        order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(0))
         # Equal parts: a short last block would have no CKA estimate.
-        for block in tokens.tensor_split(max(1, -(-len(tokens) // block_tokens))):
+        for block in order.tensor_split(max(1, -(-len(tokens) // block_tokens))):
             if len(block):
-                observe(call.layer, call.all_experts(block))
+                observe(call.layer, call.all_experts(tokens[block.to(tokens.device)]), block + first)
         return call.run()
 
-    num_tokens = 0
     with torch.inference_mode(), intercept_experts(model, handle):
         for batch in batches:
             valid = batch["attention_mask"].bool().flatten()
             # The language-model head is not needed, but not every family lets it be left out.
             model(**batch, use_cache=False, logits_to_keep=1)
-            num_tokens += int(valid.sum())
-    return num_tokens
+            first += int(valid.sum())

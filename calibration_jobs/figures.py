@@ -58,6 +58,7 @@ def overall_metrics(quality: dict[str, Any]) -> dict[str, float]:
     for row in quality.get("held_out", ()):
         key = f"S{row['primary_top_k']}_B{row['batch_size']}_rho{row['threshold']:.3f}/{row['candidate']}"
         values[f"error_{key}"] = row["error"]
+        values[f"alignment_{key}"] = row["alignment"]
         values[f"critical_{key}"] = row["critical_share"]
     for row in quality.get("emulation", ()):
         key = f"{row['policy'].replace(' ', '_')}_B{row['batch_size']}"

@@ -17,9 +17,19 @@ from ops.grouped import reroute_groups
 
 # Elements of the configurations' outputs held at once (256 MiB of float32).
 _BLOCK_ELEMENTS = 1 << 26
-SUMS = ("squared_error", "squared_output", "secondary", "critical", "active_before", "active_after", "steps")
-"""What is summed for each configuration and layer; `secondary` and `critical` are slots whose expert is not primary, and those
-of them that keep it."""
+SUMS = (
+    "squared_error",
+    "squared_output",
+    "aligned",
+    "tokens",
+    "secondary",
+    "critical",
+    "active_before",
+    "active_after",
+    "steps",
+)
+"""What is summed for each configuration and layer. `aligned` are cosines of a token's output before and after; `secondary` and
+`critical` are slots whose expert is not primary, and those of them that keep it."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +163,7 @@ def _layer_sums(
                     new_ids.append(whole)
                     members.append(member)
     changed, counted = torch.stack(new_ids), torch.stack(members)
-    squares = torch.zeros(len(changed), 2, dtype=torch.float64, device=device)
+    squares = torch.zeros(len(changed), 4, dtype=torch.float64, device=device)
     wanted = counted.any(0).nonzero().squeeze(1)
     for part in wanted.split(block_tokens):
         outputs = call.all_experts(call.hidden_states[part]).float().transpose(0, 1)  # [tokens, num_experts, hidden]
@@ -165,8 +175,11 @@ def _layer_sums(
             new = torch.zeros(len(few), len(changed), num_experts, device=device)
             new.scatter_add_(2, changed[:, few].transpose(0, 1), share.expand(-1, len(changed), -1))
             counts_here = counted[:, few].T.double()
-            squares[:, 0] += ((new - own) @ rows).square().sum(2).double().mul(counts_here).sum(0)
-            squares[:, 1] += (own @ rows).square().sum(2).double().mul(counts_here).sum(0)
+            before, after = own @ rows, new @ rows
+            cosine = torch.nn.functional.cosine_similarity(before, after, dim=2)
+            for place, values in enumerate(((after - before).square().sum(2), before.square().sum(2), cosine)):
+                squares[:, place] += values.double().mul(counts_here).sum(0)
+            squares[:, 3] += counts_here.sum(0)
     figures = torch.tensor([[float(value) for value in row] for row in counts], dtype=torch.float64)
     return torch.cat((squares.cpu(), figures), dim=1)
 

@@ -14,7 +14,7 @@ from typing import Any
 from calibration_jobs.cluster import Task
 from calibration_jobs.inputs import read_rows
 from calibration_jobs.judge import assess
-from calibration_jobs.merge import InOrder, MergedSums
+from calibration_jobs.merge import ALL, InOrder, MergedSums
 from calibration_jobs.models import ModelFacts, inspect_model, load_tokenizer
 from calibration_jobs.plan import Plan, make_plan, tokenize
 from calibration_jobs.quality import agreement
@@ -54,8 +54,8 @@ def _calibrate_shards(tasks: TaskRunner, plan: Plan, tracker: NullTracker) -> tu
     merged, in_order, growth = MergedSums(), InOrder(plan.shards), []
     by_name = {shard.name: shard for shard in plan.shards}
     done_tokens = 0
-    for task, (_, info) in tasks.run([Task(s.name, "sums", (s.rows,)) for s in plan.shards], "Calibrating"):
-        done_tokens += info["num_tokens"]
+    for task, (_, info) in tasks.run([Task(s.name, "sums", (s.rows, plan.domains)) for s in plan.shards], "Calibrating"):
+        done_tokens += info["num_tokens"][ALL]
         tracker.log_metrics(
             {"progress/tokens": done_tokens, "progress/worker_peak_memory_mib": info["peak_memory_bytes"] / 2**20},
             step=by_name[task.name].index,
@@ -96,7 +96,7 @@ def _manifest(
             "digest": plan.digest,
             "num_sequences": plan.num_calibration_rows,
             "num_held_out": len(plan.held_out),
-            "domains": plan.domains,
+            "domains": list(plan.domains),
         },
         "num_tokens": num_tokens,
         "block_tokens": model.block_tokens,
@@ -166,7 +166,7 @@ def calibrate(config: CalibrateConfig) -> Calibration:
             if "weights" in config.metrics:
                 ((_, (found, _)),) = tasks.run([Task("weights", "weights", ())], "Comparing weights")
                 matrices |= {(int(layer), "weights"): matrix for layer, matrix in found.items()}
-            quality = assess(config, model, tasks, plan, merged, matrices, growth, key, name)
+            quality = assess(config, model, tasks, plan, merged, matrices, growth, key, name, tracker.run_id)
             layers = sorted({layer for layer, _ in matrices})
             manifest = _manifest(config, model, plan, folder, layers, num_tokens) | {"quality": summary(quality)}
             artifact = SimilarityArtifact(matrices, manifest)

@@ -36,6 +36,7 @@ def assess(
     growth: list[dict[str, Any]],
     key: str,
     name: str,
+    run_id: str | None,
 ) -> dict[str, Any]:
     """All figures: reliability, transfer, and what held-out rows say. The champion is judged beside, on the same rows."""
     from calibration_jobs.quality import transfer
@@ -43,9 +44,9 @@ def assess(
     quality: dict[str, Any] = {"reliability": growth}
     token_metrics = [metric for metric in config.metrics if metric != "weights"]
     if merged is not None and len(plan.domains) > 1:
-        by_domain = [(domain, merged.matrices(domain=domain)) for domain in plan.domains]
+        by_domain = [(domain, merged.matrices(domain=number)) for number, domain in enumerate(plan.domains)]
         quality["transfer"] = {metric: transfer(by_domain, metric) for metric in token_metrics}
-    champion, champion_of = champion_matrices(config, model, name)
+    champion, champion_of = champion_matrices(config, model, name, run_id)
     if champion_of is not None:
         key = digest_of({"key": key, "champion": champion_of})[:12]
         quality["champion_version"] = champion_of
@@ -90,7 +91,7 @@ def _judge(
         "metric": settings.metric, "primary_top_k": reference, "batch_size": settings.reference_batch_size, "threshold": 0.0,
     }  # fmt: skip
     if len(plan.domains) > 1 and settings.metric != "weights":
-        by_domain = {domain: merged.matrices(domain=domain) for domain in plan.domains}
+        by_domain = {domain: merged.matrices(domain=number) for number, domain in enumerate(plan.domains)}
         across = transfer_candidates(settings, matrices, by_domain)
         quality["transfer_error"] = {
             domain: error_rows(

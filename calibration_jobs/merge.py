@@ -1,6 +1,5 @@
-"""Sums of shards, added up by domain and half of the data."""
+"""Sums of shards, added up: all tokens and every domain, by halves of the data."""
 
-from collections import defaultdict
 from collections.abc import Iterator, Mapping
 
 from torch import Tensor
@@ -8,6 +7,7 @@ from torch import Tensor
 from calibration_jobs.metrics import METRIC_CLASSES, SimilarityMetric
 from calibration_jobs.plan import Shard
 
+ALL = "all"
 Matrices = dict[tuple[int, str], Tensor]
 """float32 `[num_experts, num_experts]` by layer and metric."""
 
@@ -16,39 +16,58 @@ class MergedSums:
     """What the shards added so far say. Memory does not grow with their number."""
 
     def __init__(self) -> None:
-        self._groups: dict[tuple[str, int], dict[tuple[int, str], SimilarityMetric]] = defaultdict(dict)
+        self._halves: tuple[dict[str, SimilarityMetric], ...] = ({}, {})
         self.num_shards = 0
 
-    def add(self, shard: Shard, sums: Mapping[str, Tensor], num_tokens: int) -> None:
-        """Add a shard's sums: float64 `[num_experts, num_experts]` by `LAYER.METRIC`."""
-        group = self._groups[shard.domain, shard.half]
+    def add(self, shard: Shard, sums: Mapping[str, Tensor], num_tokens: Mapping[str, int]) -> None:
+        """Add a shard's sums.
+
+        Args:
+            shard: Which one.
+            sums: float64 `[num_experts, num_experts]` by key: `key_of(layer, metric, domain)`.
+            num_tokens: Tokens by domain number, and of all domains under "all".
+        """
+        half = self._halves[shard.half]
         for key, tensor in sums.items():
-            layer, name = key.split(".")
+            _, name, domain = _parts(key)
             part = METRIC_CLASSES[name](len(tensor))
-            part.sums, part.num_tokens = tensor.clone(), num_tokens
-            known = group.setdefault((int(layer), name), part)
+            part.sums, part.num_tokens = tensor.clone(), num_tokens[domain]
+            known = half.setdefault(key, part)
             if known is not part:
                 known.merge(part)
         self.num_shards += 1
 
-    def _merged(self, domain: str | None, half: int | None) -> dict[tuple[int, str], SimilarityMetric]:
+    def _merged(self, domain: str, half: int | None) -> dict[tuple[int, str], SimilarityMetric]:
         merged: dict[tuple[int, str], SimilarityMetric] = {}
-        for (group_domain, group_half), group in sorted(self._groups.items()):
-            if domain not in (None, group_domain) or half not in (None, group_half):
-                continue
+        for group in self._halves if half is None else (self._halves[half],):
             for key, metric in group.items():
-                if key not in merged:
-                    merged[key] = METRIC_CLASSES[key[1]](len(metric.sums))
-                merged[key].merge(metric)
+                layer, name, of_domain = _parts(key)
+                if of_domain == domain:
+                    total = merged.setdefault((layer, name), METRIC_CLASSES[name](len(metric.sums)))
+                    total.merge(metric)
         return merged
 
-    def matrices(self, *, domain: str | None = None, half: int | None = None) -> Matrices:
-        """The similarities from all shards, or from those of one domain or half; empty if there are none."""
-        return {key: metric.finalize() for key, metric in self._merged(domain, half).items()}
+    def matrices(self, *, domain: int | None = None, half: int | None = None) -> Matrices:
+        """The similarities from all tokens, or from those of one domain (by its number) or half; empty if there are none."""
+        return {key: metric.finalize() for key, metric in self._merged(_domain(domain), half).items() if metric.num_tokens}
 
-    def num_tokens(self, *, domain: str | None = None, half: int | None = None) -> int:
-        """Tokens in those shards."""
-        return next((metric.num_tokens for metric in self._merged(domain, half).values()), 0)
+    def num_tokens(self, *, domain: int | None = None, half: int | None = None) -> int:
+        """Tokens of those."""
+        return next((metric.num_tokens for metric in self._merged(_domain(domain), half).values()), 0)
+
+
+def _domain(number: int | None) -> str:
+    return ALL if number is None else str(number)
+
+
+def key_of(layer: int, metric: str, domain: int | None = None) -> str:
+    """Name of a sum: of all tokens, or of those of one domain."""
+    return f"{layer}.{metric}.{_domain(domain)}"
+
+
+def _parts(key: str) -> tuple[int, str, str]:
+    layer, metric, domain = key.split(".")
+    return int(layer), metric, domain
 
 
 class InOrder:

@@ -1,10 +1,9 @@
 """What a calibration job does: which rows are held out, and which rows form which shard. Pure functions of the rows."""
 
 import hashlib
-from collections import defaultdict
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -23,13 +22,15 @@ class TokenRow:
 
 @dataclass(frozen=True)
 class Shard:
-    """What one worker does at a time: rows of one domain."""
+    """What one worker does at a time."""
 
     index: int
-    domain: str
-    half: int
-    """0 or 1. The two halves of a domain's shards are compared to see how reliable its matrices are."""
     rows: tuple[TokenRow, ...]
+
+    @property
+    def half(self) -> int:
+        """0 or 1. The two halves of the data are compared to see how reliable the matrices are."""
+        return self.index % 2
 
     @property
     def name(self) -> str:
@@ -45,9 +46,8 @@ class Plan:
     digest: str
     """SHA-256 of all tokens and domains, in order."""
 
-    @property
-    def domains(self) -> list[str]:
-        return sorted({shard.domain for shard in self.shards})
+    domains: tuple[str, ...]
+    """All of them, sorted."""
 
     @property
     def num_calibration_rows(self) -> int:
@@ -81,7 +81,10 @@ def _digest(rows: Sequence[TokenRow]) -> str:
 
 
 def make_plan(config: CalibrateConfig, rows: Sequence[TokenRow]) -> Plan:
-    """Hold out rows evenly over the data, and split each domain's others into shards.
+    """Hold out rows evenly over the data, and split the others into shards at random (the same way each time).
+
+    At random, so that every shard, and every minibatch of its tokens, is a sample of all the data: text sorted by domain or
+    by source would bias the CKA estimate.
 
     Raises:
         ConfigError: if there are fewer rows than are to be held out, or none is left.
@@ -92,26 +95,13 @@ def make_plan(config: CalibrateConfig, rows: Sequence[TokenRow]) -> Plan:
             f"{config.data} has {len(rows)} usable rows, of which judge.held_out_rows={num_held_out} leaves none to calibrate "
             "on: give more rows (num_sequences), hold out fewer, or none with judge.held_out_rows=0"
         )
-    by_domain: dict[str, list[int]] = defaultdict(list)
-    for number, row in enumerate(rows):
-        by_domain[row.domain].append(number)
     # Domain after domain, then evenly: every domain gives its share whatever the order of the rows.
-    in_order = [number for domain in sorted(by_domain) for number in by_domain[domain]]
+    in_order = sorted(range(len(rows)), key=lambda number: rows[number].domain)
     chosen = {in_order[int((i + 0.5) * len(rows) / num_held_out)] for i in range(num_held_out)}
-    chunks: dict[str, list[tuple[TokenRow, ...]]] = {}
-    for domain, numbers in sorted(by_domain.items()):
-        kept = [rows[number] for number in numbers if number not in chosen]
-        # Two shards at least, or there are no halves to compare.
-        size = max(1, min(config.shard_rows, -(-len(kept) // 2)))
-        chunks[domain] = [tuple(kept[start : start + size]) for start in range(0, len(kept), size)]
-    # The domains take turns, so that a first part of the shards is like all of them.
-    shards = [
-        Shard(index, domain, place % 2, chunk)
-        for index, (domain, place, chunk) in enumerate(
-            (domain, place, turn[i])
-            for place, turn in enumerate(zip_longest(*chunks.values()))
-            for i, domain in enumerate(chunks)
-            if turn[i] is not None
-        )
-    ]
-    return Plan(tuple(shards), tuple(rows[number] for number in sorted(chosen)), _digest(rows))
+    kept = [row for number, row in enumerate(rows) if number not in chosen]
+    random.Random(0).shuffle(kept)
+    # Two shards at least, or there are no halves to compare.
+    size = max(1, min(config.shard_rows, -(-len(kept) // 2)))
+    shards = [Shard(index, tuple(kept[start : start + size])) for index, start in enumerate(range(0, len(kept), size))]
+    domains = tuple(sorted({row.domain for row in rows}))
+    return Plan(tuple(shards), tuple(rows[number] for number in sorted(chosen)), _digest(rows), domains)

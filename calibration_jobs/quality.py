@@ -35,7 +35,7 @@ def nearest(similarity: Tensor) -> Tensor:
 
 def decision_agreement(first: Tensor, second: Tensor) -> float:
     """Share of experts that have the same nearest expert in both."""
-    return float((nearest(first) == nearest(second)).float().mean())
+    return float((nearest(first) == nearest(second)).double().mean())
 
 
 def agreement(first: Matrices, second: Matrices, metrics: Iterable[str]) -> dict[str, dict[str, Any]]:

@@ -11,15 +11,17 @@ if TYPE_CHECKING:
     from ops.similarity import SimilarityArtifact
 
 
-def champion_matrices(config: CalibrateConfig, model: ModelFacts, name: str) -> tuple[dict[int, Any] | None, str | None]:
-    """The champion's matrices by layer and its version, if there is one of this model that can be compared."""
+def champion_matrices(
+    config: CalibrateConfig, model: ModelFacts, name: str, run_id: str | None
+) -> tuple[dict[int, Any] | None, str | None]:
+    """The champion's matrices by layer and its version; None if there is none, or this very run made it."""
     import tempfile
 
     from ops.similarity import SimilarityArtifact
 
     if config.promote_if == "never" or not config.tracking.uri:
         return None, None
-    version = alias_version(config.tracking.uri, name, CHAMPION)
+    version = alias_version(config.tracking.uri, name, CHAMPION, not_from=run_id)
     if version is None:
         return None, None
     with tempfile.TemporaryDirectory(prefix="sere-champion-") as scratch:

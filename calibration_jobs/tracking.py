@@ -248,14 +248,15 @@ def resume(config: TrackingConfig, run_id: str | None) -> str | None:
     return run_id if run.info.lifecycle_stage == "active" else None
 
 
-def alias_version(uri: str, name: str, alias: str) -> str | None:
-    """The version that an alias of a registered model points to, or None."""
+def alias_version(uri: str, name: str, alias: str, *, not_from: str | None = None) -> str | None:
+    """The version that an alias of a registered model points to; None if there is none, or run `not_from` made it."""
     use_store(uri)
     import mlflow
     from mlflow.exceptions import MlflowException
 
     try:
-        return str(mlflow.MlflowClient().get_model_version_by_alias(name, alias).version)
+        found = mlflow.MlflowClient().get_model_version_by_alias(name, alias)
+        return None if not_from is not None and found.run_id == not_from else str(found.version)
     except MlflowException as error:
         if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             return None

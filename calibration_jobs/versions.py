@@ -116,7 +116,7 @@ def quality_tables(quality: Mapping[str, Any]) -> list["Table"]:
 def _held_out_table(quality: Mapping[str, Any]) -> "Table":
     table = _table(
         "Held-out re-routing error (relative error of a layer's output, mean over layers)",
-        "matrices", "batch", "S", "threshold", "error", "of random", "critical", "active before", "after",
+        "matrices", "batch", "S", "threshold", "error", "of random", "alignment", "critical", "active before", "after",
     )  # fmt: skip
     random = {(r["batch_size"], r["primary_top_k"]): r["error"] for r in quality["held_out"] if r["candidate"] == "random"}
     for row in quality["held_out"]:
@@ -129,6 +129,7 @@ def _held_out_table(quality: Mapping[str, Any]) -> "Table":
             f"{row['error']:.4f}",
             # Only where nothing is kept critical are the active experts the same.
             f"{row['error'] / against:.3f}" if against and row["threshold"] == 0 else "",
+            f"{row['alignment']:.4f}",
             f"{row['critical_share']:.1%}",
             f"{row['active_before']:.1f}",
             f"{row['active_after']:.1f}",

@@ -49,32 +49,45 @@ class CalibrationWorker:
         self._offload = tempfile.TemporaryDirectory(prefix="sere-offload-")
         self._model = load_model(self._config, self._offload.name)
 
-    def sums(self, rows: Sequence[TokenRow]) -> Result:
-        """Sums of all metrics over one shard: float64 `[num_experts, num_experts]` by `LAYER.METRIC`."""
+    def sums(self, rows: Sequence[TokenRow], domains: Sequence[str]) -> Result:
+        """Sums of all metrics over one shard, float64 `[num_experts, num_experts]`: of all tokens, and, if there are several
+        domains, of each one's tokens. Keys as in `calibration_jobs.merge`."""
+        import torch
+
         from calibration_jobs.capture import find_expert_modules, observe_experts
+        from calibration_jobs.merge import ALL, key_of
         from calibration_jobs.metrics import METRIC_CLASSES
         from calibration_jobs.models import pad_rows
 
         started = time.monotonic()
         metrics = [metric for metric in self._config.metrics if metric in METRIC_CLASSES]
+        token_domains = torch.tensor([domains.index(row.domain) for row in rows for _ in row.tokens])
+        counts = torch.bincount(token_domains, minlength=len(domains)).tolist()
+        parts = [None] + [number for number in range(len(domains)) if len(domains) > 1 and counts[number]]
         sums = {
-            (layer, metric): METRIC_CLASSES[metric](module.num_experts)
+            key_of(layer, metric, part): METRIC_CLASSES[metric](module.num_experts)
             for layer, module in find_expert_modules(self._model).items()
             for metric in metrics
+            for part in parts
         }
 
-        def observe(layer: int, outputs: Any) -> None:
-            for metric in metrics:
-                sums[layer, metric].update(outputs)
+        def observe(layer: int, outputs: torch.Tensor, tokens: torch.Tensor) -> None:
+            for part in parts:
+                own = outputs if part is None else outputs[:, (token_domains[tokens] == part).to(outputs.device)]
+                for metric in metrics:
+                    sums[key_of(layer, metric, part)].update(own)
 
         size = self._config.batch_size
         batches = [
             pad_rows([row.tokens for row in rows[start : start + size]], self._device) for start in range(0, len(rows), size)
         ]
-        num_tokens = observe_experts(self._model, batches, observe, block_tokens=self._block_tokens)
-        tensors = {f"{layer}.{metric}": part.sums for (layer, metric), part in sums.items()}
-        info = {"num_tokens": num_tokens, "elapsed_s": time.monotonic() - started, "peak_memory_bytes": self._peak_memory()}
-        return tensors, info
+        observe_experts(self._model, batches, observe, block_tokens=self._block_tokens)
+        info = {
+            "num_tokens": {ALL: sum(counts)} | {str(number): count for number, count in enumerate(counts)},
+            "elapsed_s": time.monotonic() - started,
+            "peak_memory_bytes": self._peak_memory(),
+        }
+        return {key: metric.sums for key, metric in sums.items()}, info
 
     def _peak_memory(self) -> int:
         """Bytes this worker held at most so far: of its GPUs, or, on the CPU, of the process."""

@@ -45,5 +45,5 @@ def reroute_groups(
         reroutes = (best >= thresholds.view(-1, 1, 1)) & ~part
         tables.append(torch.where(reroutes, replacement, own))
     table = torch.cat(tables, dim=1)
-    ids = topk_ids.view(1, num_groups, -1).expand(len(thresholds), -1, -1)
+    ids = topk_ids.reshape(1, num_groups, -1).expand(len(thresholds), -1, -1)
     return table.gather(2, ids).view(len(thresholds), *topk_ids.shape)

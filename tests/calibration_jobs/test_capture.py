@@ -66,12 +66,16 @@ def batch(seed: int = 0) -> dict[str, Tensor]:
 
 
 def all_outputs(model, one: dict[str, Tensor], block_tokens: int = 4) -> dict[int, Tensor]:
-    seen: dict[int, list[Tensor]] = {}
-    num_tokens = observe_experts(
-        model, [one], lambda layer, outputs: seen.setdefault(layer, []).append(outputs), block_tokens=block_tokens
-    )
-    assert num_tokens == one["attention_mask"].sum()
-    return {layer: torch.cat(parts, dim=1) for layer, parts in seen.items()}
+    seen: dict[int, Tensor] = {}
+    num_tokens = int(one["attention_mask"].sum())
+
+    def observe(layer: int, outputs: Tensor, tokens: Tensor) -> None:
+        assert outputs.shape[1] == len(tokens) <= block_tokens
+        seen.setdefault(layer, torch.full((NUM_EXPERTS, num_tokens, 32), torch.nan))[:, tokens] = outputs
+
+    observe_experts(model, [one], observe, block_tokens=block_tokens)
+    assert not any(outputs.isnan().any() for outputs in seen.values()), "every token once"
+    return seen
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,70 +1,202 @@
-"""The calibration job on the bundled model, and its inputs' errors."""
+"""The whole job on a tiny model, over a cluster of several nodes: any number of workers, resume, damage, refusals."""
 
+import dataclasses
 import json
+from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+import mlflow
 import pytest
 import torch
 
-from calibration_jobs.inputs import data_digest, read_texts
-from calibration_jobs.job import CalibrationWorker
-from conf.schema import CalibrateConfig, ConfigError, TrackingConfig
+from calibration_jobs.job import calibrate
+from calibration_jobs.models import load_model, pad_rows
+from conf.schema import ConfigError, JudgeConfig, TrackingConfig
+from ops.similarity import SimilarityArtifact
 
-TEXTS = [f"text {i} " + "abc def " * (i % 4) for i in range(12)]
-
-
-def config(data, **changes):
-    values = dict(model="assets/demo-moe", data=str(data), output="x/similarity.safetensors", sequence_length=32)
-    return CalibrateConfig(**{**values, "tracking": TrackingConfig(uri=""), **changes})
+pytestmark = pytest.mark.usefixtures("cluster")
+NOT_JUDGED = JudgeConfig(held_out_rows=0)
 
 
-@pytest.fixture(params=["parquet", "jsonl"])
-def data(request, tmp_path):
-    file = tmp_path / f"d.{request.param}"
-    if request.param == "parquet":
-        pq.write_table(pa.table({"text": TEXTS}), file)
-    else:
-        file.write_text("\n".join(json.dumps({"text": text}) for text in TEXTS))
-    return file
+def results(config) -> dict[str, int]:
+    """Every result on disk, and when it was written."""
+    folder = Path(config.output).parent / "calibration" / "results"
+    return {file.name: file.stat().st_mtime_ns for file in folder.iterdir()}
 
 
-def test_reads_the_first_rows(data):
-    assert read_texts(config(data)) == TEXTS
-    assert read_texts(config(data, num_sequences=5)) == TEXTS[:5]
-    assert data_digest(TEXTS) != data_digest(TEXTS[::-1])
+def quality(config) -> dict:
+    return json.loads((Path(config.output).parent / "calibration" / "quality.json").read_text())
 
 
-def test_input_errors(tmp_path):
-    with pytest.raises(ConfigError, match="no data at"):
-        read_texts(config(tmp_path / "none.parquet"))
-    (tmp_path / "a.csv").write_text("x")
-    with pytest.raises(ConfigError, match="all parquet or all JSONL"):
-        read_texts(config(tmp_path / "a.csv"))
-    pq.write_table(pa.table({"text": ["a", None]}), tmp_path / "null.parquet")
-    with pytest.raises(ConfigError, match="row 1 has no text"):
-        read_texts(config(tmp_path / "null.parquet"))
-    with pytest.raises(ConfigError, match=r"no column 'body' \(there: text\)"):
-        read_texts(config(tmp_path / "null.parquet", text_column="body"))
-    pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "empty.parquet")
-    (tmp_path / "bad.jsonl").write_text("{not json")
-    with pytest.raises(ConfigError, match="empty or damaged"):
-        read_texts(config(tmp_path / "bad.jsonl"))
-    with pytest.raises(ConfigError, match="empty or damaged"):
-        read_texts(config(tmp_path / "empty.parquet"))
+@pytest.fixture
+def not_judged(make_config):
+    return lambda **changes: make_config(judge=NOT_JUDGED, **changes)
 
 
-def test_worker_shards_equal_one_pass():
-    """Two workers with half of the batches each, merged, give what one gives that saw all: padding and order aside."""
-    settings = config("unused")
-    batches = [TEXTS[:4], TEXTS[4:8], TEXTS[8:]]
-    whole, first, second = (CalibrationWorker(settings) for _ in range(3))
-    tokens = sum(whole.run(batch) for batch in batches)
-    second.run(batches[2])
-    first.run(batches[1])
-    first.run(batches[0])
-    assert tokens == sum(min(32, len(text)) for text in TEXTS)
-    for key, metric in first.sums.items():
-        metric.merge(second.sums[key])
-        assert metric.num_tokens == tokens
-        torch.testing.assert_close(metric.finalize(), whole.sums[key].finalize(), atol=1e-5, rtol=0)
+@pytest.mark.parametrize("num_workers", [2, 5])
+def test_any_number_of_workers_gives_the_same(not_judged, tmp_path, num_workers):
+    """Bit for bit: every shard is computed alike, and merged in order."""
+    files = []
+    for workers in (1, num_workers):
+        config = not_judged(output=str(tmp_path / str(workers) / "similarity.safetensors"), num_workers=workers)
+        done = calibrate(config)
+        assert done.num_redone == len(results(config)) == 11  # 10 shards and the weights
+        files.append(SimilarityArtifact.load(done.file))
+    first, other = files
+    assert first.manifest == other.manifest
+    for key, matrix in first.matrices.items():
+        assert torch.equal(matrix, other.matrices[key]), key
+
+
+def test_equals_one_pass_over_all_tokens(not_judged, texts):
+    """Shards, batches, blocks and domains aside, the sums are those of all tokens at once."""
+    import pyarrow.parquet as pq
+    from transformers import AutoTokenizer
+
+    from calibration_jobs.capture import observe_experts
+    from calibration_jobs.metrics import similarity_matrices
+
+    # Many sequences in a batch: a block of few sequences, which are alike within, is no sample of all tokens to CKA.
+    config = not_judged(num_workers=2, shard_rows=39, batch_size=39, block_tokens=256)
+    artifact = SimilarityArtifact.load(calibrate(config).file)
+    tokenizer = AutoTokenizer.from_pretrained(config.model)
+    rows = [row for row in pq.read_table(texts)["text"].to_pylist() if row and row.strip()]
+    tokens = [tokenizer(row)["input_ids"][:32] for row in rows]
+    seen: dict[int, torch.Tensor] = {}
+    observe_experts(
+        load_model(config, ""), [pad_rows(tokens)], lambda layer, outputs, _: seen.update({layer: outputs}), block_tokens=10**6
+    )
+    assert artifact.manifest["num_tokens"] == seen[0].shape[1] == sum(len(row) for row in tokens)
+    assert artifact.manifest["data"]["num_sequences"] == 78
+    for layer, outputs in seen.items():
+        whole = similarity_matrices(outputs)
+        for metric, tolerance in (("frobenius", 1e-5), ("cosine", 1e-5), ("cka", 0.05)):
+            torch.testing.assert_close(artifact.matrix(layer, metric), whole[metric], atol=tolerance, rtol=0)
+
+
+def test_rows_that_were_cut_or_skipped_are_listed(not_judged):
+    config = not_judged()
+    calibrate(config)
+    lines = (Path(config.output).parent / "calibration" / "rows.jsonl").read_text().splitlines()
+    remarks = {row["number"]: row["remark"] for row in map(json.loads, lines)}
+    assert remarks[3] == "skipped: null" and remarks[10] == "skipped: empty"
+    assert remarks[20].startswith("cut: 100 tokens") and len(remarks) == 3
+
+
+def test_finished_job_does_nothing_and_a_damaged_shard_is_redone(not_judged, caplog):
+    config = not_judged()
+    first = calibrate(config)
+    content, before = first.file.read_bytes(), results(config)
+    again = calibrate(dataclasses.replace(config, num_workers=3))
+    assert again.was_finished and again.num_redone == 0 and results(config) == before
+    # A lost artifact is made again from the shards, without any work on the model.
+    first.file.unlink()
+    rebuilt = calibrate(config)
+    assert not rebuilt.was_finished and rebuilt.num_redone == 0 and first.file.read_bytes() == content
+    damaged = Path(config.output).parent / "calibration" / "results" / "shard-000002.safetensors"
+    flipped = bytearray(damaged.read_bytes())
+    flipped[-5] ^= 1
+    damaged.write_bytes(flipped)
+    first.file.unlink()
+    mended = calibrate(config)
+    assert mended.num_redone == 1 and first.file.read_bytes() == content
+    assert "shard-000002.safetensors is not what was written there" in caplog.text
+    assert {name for name, when in results(config).items() if when != before[name]} == {damaged.name}
+
+
+def test_other_settings_are_refused_and_judging_anew_keeps_the_sums(make_config, tmp_path):
+    config = make_config()
+    calibrate(config)
+    for change in ({"sequence_length": 16}, {"dtype": "bfloat16"}, {"num_sequences": 50}):
+        with pytest.raises(ConfigError, match=f"holds another job .*{next(iter(change))}"):
+            calibrate(make_config(**change))
+    before = results(config)
+    judged = calibrate(make_config(judge=dataclasses.replace(config.judge, reference_primary_top_k=1)))
+    assert not judged.was_finished
+    assert {name: when for name, when in results(config).items() if name.startswith("shard")} == {
+        name: when for name, when in before.items() if name.startswith("shard")
+    }
+    assert calibrate(make_config(sequence_length=16, overwrite=True)).num_redone > 0
+
+
+def test_refusals_before_any_work(make_config, tmp_path, tiny_model):
+    bad = [
+        ({"output": "a/b.safetensors"}, "must be a path ending in similarity.safetensors"),
+        ({"sequence_length": 65}, "sequence_length must be at most the model's context, 64, got 65"),
+        ({"max_activation_bytes": 9999}, r"max_activation_bytes must be at least 12288 for this model \(4 tokens of 8 experts"),
+        ({"data": str(tmp_path / "none.parquet")}, "no data at"),
+        ({"model": str(tmp_path)}, "cannot be read"),
+    ]
+    for change, message in bad:
+        with pytest.raises(ConfigError, match=message):
+            calibrate(make_config(**change))
+    assert not (tmp_path / "out").exists()
+
+
+def test_quality_record(make_config):
+    config = make_config(num_workers=2)
+    done = calibrate(config)
+    found = quality(config)
+    assert set(found["reliability"][-1]["metrics"]) == {"frobenius", "cosine", "cka"}
+    assert [step["num_tokens"] for step in found["reliability"]] == sorted(step["num_tokens"] for step in found["reliability"])
+    assert set(found["transfer"]) == {"frobenius", "cosine", "cka"} and found["transfer"]["cka"]["domains"] == [
+        "digits",
+        "letters",
+    ]
+    rows = found["held_out"]
+    assert {row["primary_top_k"] for row in rows} == {1, 2}, "S=4 is not below the model's top_k"
+    assert {row["candidate"] for row in rows} == {"frobenius", "cosine", "cka", "weights", "random"}
+    assert {row["batch_size"] for row in rows} == {4, 8}
+    for row in rows:
+        assert 0 < row["error"] < 2 and row["active_after"] <= row["active_before"]
+        assert (row["critical_share"] == 0) == (row["threshold"] == 0) or row["critical_share"] < 1
+    for domain in ("digits", "letters"):
+        names = {row["candidate"] for row in found["transfer_error"][domain]}
+        assert names == {"cosine", "cosine@digits", "cosine@letters", "random"}
+    emulated = {(row["policy"], row["primary_top_k"]): row for row in found["emulation"]}
+    assert emulated["none", None]["kl"] == 0 and emulated["none", None]["agreement"] == 1
+    assert len(emulated) == 1 + 2 * 6
+    manifest = SimilarityArtifact.load(done.file).manifest
+    assert manifest["quality"]["reference"] == found["reference"] and manifest["block_tokens"] == 64
+    assert "layers" not in manifest["quality"]["held_out"][0]
+
+
+def test_versions_champion_and_one_run(make_config, tmp_path):
+    tracking = TrackingConfig(uri=f"sqlite:///{tmp_path}/ml.db", experiment="e")
+    config = make_config(tracking=tracking, promote_if="lower_held_out_error")
+    try:
+        first = calibrate(config)
+        assert first.name == "sere-tiny-moe" and (first.version, first.promoted) == ("1", True), "the first is the champion"
+        # The record of the end is lost, as after a kill: the run and the version stay one.
+        (tmp_path / "out" / "calibration" / "finished.json").unlink()
+        again = calibrate(config)
+        assert (again.version, again.num_redone, again.was_finished, again.promoted) == ("1", 0, False, True)
+        client = mlflow.MlflowClient(tracking.uri)
+        (run,) = client.search_runs([client.get_experiment_by_name("e").experiment_id])
+        assert run.info.status == "FINISHED" and run.data.params["used_block_tokens"] == "64"
+        names = set(run.data.metrics)
+        assert {"reliability/cka_spearman", "held_out_error/random", "layer_held_out_error/cosine", "num_skipped_rows"} <= names
+        assert "emulation_kl/sere_cosine_B8_S2" in names and run.data.metrics["num_cut_rows"] == 1
+        pictures = {file.path for file in client.list_artifacts(run.info.run_id)}
+        assert {"reliability.png", "held_out_error.png", "emulation.png", "heatmaps", "transfer", "quality.json"} <= pictures
+        # Fewer tokens: a second version, judged beside the champion on its own held-out rows.
+        other = make_config(
+            tracking=tracking,
+            promote_if="lower_held_out_error",
+            num_sequences=60,
+            output=str(tmp_path / "second" / "similarity.safetensors"),
+        )
+        second = calibrate(other)
+        errors = {row["candidate"]: row["error"] for row in quality(other)["held_out"] if _is_reference(row)}
+        assert second.version == "2" and second.promoted == (errors["cosine"] < errors["champion"])
+        champion = client.get_model_version_by_alias("sere-tiny-moe", "champion").version
+        assert str(champion) == ("2" if second.promoted else "1")
+        assert str(client.get_model_version_by_alias("sere-tiny-moe", "candidate").version) == "2"
+        tags = client.get_model_version("sere-tiny-moe", "2").tags
+        assert float(tags["held_out_error.cosine"]) == pytest.approx(errors["cosine"], rel=1e-4)
+        assert tags["metrics"] == "frobenius,cosine,cka,weights" and tags["data_digest"]
+    finally:
+        mlflow.set_tracking_uri(None)
+
+
+def _is_reference(row) -> bool:
+    return (row["batch_size"], row["primary_top_k"], row["threshold"]) == (8, 2, 0.0)
