@@ -34,7 +34,10 @@ def start_ray(num_cpus: float) -> None:
     # ray.data.llm starts Ray once more and is told, at length, that it runs.
     logging.getLogger("ray").setLevel(logging.ERROR)
     if not ray.is_initialized():
-        local = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": max(os.cpu_count() or 1, int(num_cpus) + 1)}
+        local: dict[str, Any] = {}
+        if not os.environ.get("RAY_ADDRESS"):
+            # Without "local" Ray would join whatever cluster it finds on this machine.
+            local = {"address": "local", "num_cpus": max(os.cpu_count() or 1, int(num_cpus) + 1)}
         # Workers' own output stays in their log files (under /tmp/ray); the jobs print progress and errors.
         ray.init(include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False, **local)
 
