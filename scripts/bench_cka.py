@@ -15,9 +15,7 @@ agrees with the full batch, which is computed in another way.
 
 import argparse
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from benchmark import environment, positive, report, report_path, spread, summary
@@ -37,33 +35,28 @@ def demo_outputs(model: str, data: str, layers: list[int], sequence_length: int 
     import pyarrow.parquet
     import transformers
 
-    from calibration_jobs.capture import expert_outputs, find_expert_modules
+    from calibration_jobs.capture import ExpertsCall, intercept_experts
+    from calibration_jobs.models import pad_rows
 
-    tokenizer = transformers.AutoTokenizer.from_pretrained(model, padding_side="right")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     settings = dict(dtype=torch.float32, experts_implementation="grouped_mm")
     network = transformers.AutoModelForCausalLM.from_pretrained(model, **settings).eval()
-    experts = find_expert_modules(network)
-    hidden: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+    parts: dict[int, list[Tensor]] = {layer: [] for layer in layers}
     valid = torch.empty(0)
 
-    def keep(layer: int) -> Callable:
-        def before_experts(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-            hidden[layer].append(states.flatten(0, -2)[valid])
+    def handle(call: ExpertsCall) -> Tensor:
+        if call.layer in parts:
+            parts[call.layer].append(call.all_experts(call.hidden_states[valid]))
+        return call.run()
 
-        return before_experts
-
-    hooks = [experts[layer].register_forward_pre_hook(keep(layer), with_kwargs=True) for layer in layers]
     texts = pyarrow.parquet.read_table(data)["text"].to_pylist()
-    with torch.inference_mode():
-        for start in range(0, len(texts), 8):
-            part = texts[start : start + 8]
-            batch = tokenizer(part, return_tensors="pt", padding=True, truncation=True, max_length=sequence_length)
+    rows = [ids[:sequence_length] for ids in tokenizer(texts)["input_ids"]]
+    with torch.inference_mode(), intercept_experts(network, handle):
+        for start in range(0, len(rows), 8):
+            batch = pad_rows(rows[start : start + 8])
             valid = batch["attention_mask"].bool().flatten()
-            network(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
-        for hook in hooks:
-            hook.remove()
-        return {layer: expert_outputs(experts[layer], torch.cat(states)) for layer, states in hidden.items()}
+            network(**batch, use_cache=False)
+    return {layer: torch.cat(blocks, dim=1) for layer, blocks in parts.items()}
 
 
 def synthetic_outputs(num_experts: int, num_tokens: int, hidden_size: int) -> Tensor:
