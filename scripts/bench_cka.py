@@ -15,7 +15,9 @@ agrees with the full batch, which is computed in another way.
 
 import argparse
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from benchmark import environment, positive, report, report_path, spread, summary
