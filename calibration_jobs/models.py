@@ -121,7 +121,22 @@ def load_model(config: CalibrateConfig, offload_folder: str | Path) -> "nn.Modul
     )
     # On the CPU the eager path is about 40 times slower.
     model.set_experts_implementation("grouped_mm")
+    if config.max_memory_gib is not None:
+        _give_back_freed_memory(model)
     return model.eval()
+
+
+def _give_back_freed_memory(model: "nn.Module") -> None:
+    """After each MoE layer return to the system what its offloaded weights took: glibc keeps freed blocks of unlike sizes,
+    and the process would grow to the size of the model."""
+    import ctypes
+
+    from calibration_jobs.capture import find_expert_modules
+
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:  # other C libraries have none
+        for module in find_expert_modules(model).values():
+            module.register_forward_hook(lambda *_: (trim(0), None)[1])
 
 
 def pad_rows(rows: Sequence[Sequence[int]], device: Any = "cpu") -> dict[str, "Tensor"]:
