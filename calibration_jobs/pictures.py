@@ -141,5 +141,5 @@ def all_figures(artifact: "SimilarityArtifact", quality: dict[str, Any]) -> Iter
     yield from transfer_heatmaps(quality)
     if quality.get("held_out"):
         yield "held_out_error.png", held_out_error(quality)
-    if quality.get("emulation"):
+    if any(row["policy"] != "none" for row in quality.get("emulation", ())):
         yield "emulation.png", emulation(quality)

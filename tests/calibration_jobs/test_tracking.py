@@ -21,7 +21,7 @@ def test_run_is_recorded(tracking):
         tracker.log_dataset(source="/data/d.parquet", digest="abcdef0123456789", num_rows=3, context="generation")
     (run,) = read_runs(tracking.uri, "e")
     assert run["name"] == "n" and run["metrics"] == {"exact_match": 0.5}
-    assert run["params"]["tracking.experiment"] == "e" and run["params"]["batch_size"] == "8"
+    assert run["params"]["tracking.experiment"] == "e" and run["params"]["batch_size"] == "32"
     assert mlflow.artifacts.load_dict(f"runs:/{run['run_id']}/config.json")["model"] == "m"
     (dataset,) = mlflow.get_run(run["run_id"]).inputs.dataset_inputs
     assert dataset.dataset.name == "d.parquet" and dataset.dataset.digest == "abcdef012345"

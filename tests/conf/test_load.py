@@ -37,7 +37,7 @@ def test_empty_tracking_uri(minimal):
 
 
 def test_unknown_metric():
-    with pytest.raises(ConfigError, match=r"metrics must be some of frobenius, cosine, cka, got \['foo'\]"):
+    with pytest.raises(ConfigError, match=r"metrics must be some of frobenius, cosine, cka, weights, got \['foo'\]"):
         load_config(CalibrateConfig, ROOT / "conf" / "calibrate.yaml", ["metrics=[foo]"])
 
 

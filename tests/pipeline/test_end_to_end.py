@@ -28,8 +28,15 @@ def sere(*arguments, status=0):
 
 @pytest.fixture(scope="module")
 def calibrated(folder):
-    settings = [f"output={folder}/similarity.safetensors", "num_sequences=24", "num_workers=2"]
-    sere("calibrate", "conf/calibrate.yaml", *settings, f"tracking.uri=sqlite:///{folder}/ml.db")
+    settings = [f"output={folder}/similarity.safetensors", "num_sequences=48", "num_workers=2", "shard_rows=8"]
+    settings += [
+        "judge.held_out_rows=16",
+        "judge.batch_sizes=[4,16]",
+        "judge.primary_top_k=[2]",
+        "promote_if=lower_held_out_error",
+    ]
+    printed = sere("calibrate", "conf/calibrate.yaml", *settings, f"tracking.uri=sqlite:///{folder}/ml.db")
+    assert "version 1 of sere-demo-moe and its champion" in printed
     return folder / "similarity.safetensors"
 
 
@@ -66,13 +73,16 @@ def test_calibration_run(calibrated, folder):
     from ops.similarity import SimilarityArtifact
 
     artifact = SimilarityArtifact.load(calibrated)
-    assert artifact.layers == [0, 1, 2, 3] and artifact.metrics == ["frobenius", "cosine", "cka"]
+    assert artifact.layers == [0, 1, 2, 3] and artifact.metrics == ["frobenius", "cosine", "cka", "weights"]
     tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
-    texts = pq.read_table(ROOT / "assets" / "calibration.parquet")["text"].to_pylist()[:24]
-    assert artifact.manifest["num_tokens"] == sum(min(128, len(tokenizer(text).input_ids)) for text in texts)
+    rows = pq.read_table(ROOT / "assets" / "calibration.parquet").to_pylist()[:48]
+    lengths = sorted(min(128, len(tokenizer(row["text"]).input_ids)) for row in rows)
+    assert sum(lengths[:32]) <= artifact.manifest["num_tokens"] <= sum(lengths[-32:]), "16 of 48 rows are held out"
+    assert artifact.manifest["data"]["domains"] == ["code", "english", "tasks"]
     (run,) = runs(folder, "sere-calibration").values()
     assert run.info.status == "FINISHED"
     assert 0 < run.data.metrics["cka/off_diagonal_mean"] < 1
+    assert 0 < run.data.metrics["held_out_error/cosine"] < 1 and run.data.metrics["emulation_kl/none_B16"] == 0
     assert run.data.params["model_digest"] == artifact.manifest["model"]["digest"]
     mlflow.set_tracking_uri(f"sqlite:///{folder}/ml.db")
     try:
@@ -82,6 +92,17 @@ def test_calibration_run(calibrated, folder):
         assert str(version) == "1"
     finally:
         mlflow.set_tracking_uri(None)
+
+
+def test_looking_at_versions(calibrated, folder):
+    uri = f"sqlite:///{folder}/ml.db"
+    shown = sere("calibrate", "inspect", "models:/sere-demo-moe@champion", "--uri", uri, "--output", f"{folder}/pictures")
+    assert "Held-out re-routing error" in shown and "Teacher-forced decode emulation" in shown
+    assert (folder / "pictures" / "held_out_error.png").stat().st_size > 5000
+    assert "Provenance: the same" in sere("calibrate", "diff", str(calibrated), "models:/sere-demo-moe/1", "--uri", uri)
+    assert "champion is version 1, was 1" in sere("calibrate", "promote", "models:/sere-demo-moe@candidate", "--uri", uri)
+    error = sere("calibrate", "promote", "models:/sere-demo-moe/2", "--uri", uri, status=2)
+    assert "models:/sere-demo-moe/2 cannot be promoted" in error and "Traceback" not in error
 
 
 def test_generation_and_comparison(calibrated, rows, folder):
