@@ -82,6 +82,12 @@ class CalibrationWorker:
             pad_rows([row.tokens for row in rows[start : start + size]], self._device) for start in range(0, len(rows), size)
         ]
         observe_experts(self._model, batches, observe, block_tokens=self._block_tokens)
+        for key, metric in sums.items():
+            if not metric.sums.isfinite().all():
+                raise ConfigError(
+                    f"outputs of the experts of layer {key.split('.')[0]} are not finite in {self._config.dtype}: try "
+                    "dtype=float32 or dtype=bfloat16, and check the model"
+                )
         info = {
             "num_tokens": {ALL: sum(counts)} | {str(number): count for number, count in enumerate(counts)},
             "elapsed_s": time.monotonic() - started,

@@ -1,0 +1,48 @@
+"""Calibration on a GPU: the figures are those of the CPU."""
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from calibration_jobs.capture import observe_experts
+from calibration_jobs.emulation import emulate
+from calibration_jobs.held_out import routing_error
+from calibration_jobs.metrics import METRIC_CLASSES
+from calibration_jobs.models import pad_rows
+from calibration_jobs.weights import weight_similarity
+from tests.calibration_jobs.test_capture import FAMILIES, make
+from tests.calibration_jobs.test_emulation import NONE, ROWS, policy
+from tests.calibration_jobs.test_held_out import candidates
+
+
+def matrices(family: str, device: str) -> dict:
+    model = make(family).to(device)
+    found = {}
+
+    def observe(layer, outputs, _):
+        for name, metric in METRIC_CLASSES.items():
+            found.setdefault((layer, name), metric(6)).update(outputs)
+
+    observe_experts(model, [pad_rows(ROWS, device)], observe, block_tokens=16)
+    weights = {(0, "weights"): weight_similarity(next(m for m in model.modules() if hasattr(m, "gate_up_proj")))}
+    return {key: metric.finalize() for key, metric in found.items()} | weights
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_matrices(family):
+    on_cpu = matrices(family, "cpu")
+    for key, matrix in matrices(family, "cuda").items():
+        torch.testing.assert_close(matrix, on_cpu[key], atol=2e-3, rtol=0)
+
+
+def test_held_out_error_and_emulation():
+    settings = {"primary_top_k": (1,), "batch_sizes": (2, 3), "block_tokens": 16}
+    policies = [NONE, policy("sere"), policy("random"), policy("top_k")]
+    on_cpu, on_gpu = make("qwen3_moe"), make("qwen3_moe").cuda()
+    errors = routing_error(on_gpu, ROWS, candidates(), device="cuda", **settings)
+    for layer, sums in routing_error(on_cpu, ROWS, candidates(), **settings).items():
+        torch.testing.assert_close(errors[layer], sums, atol=1e-3, rtol=1e-2)
+    torch.testing.assert_close(
+        emulate(on_gpu, ROWS, policies, device="cuda"), emulate(on_cpu, ROWS, policies), atol=1e-2, rtol=1e-2
+    )
