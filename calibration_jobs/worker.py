@@ -3,7 +3,6 @@
 A plain class; the job makes it a Ray actor. Every result depends on the arguments and the config alone.
 """
 
-import resource
 import tempfile
 import time
 from collections.abc import Sequence
@@ -101,7 +100,9 @@ class CalibrationWorker:
             import torch
 
             return sum(torch.cuda.max_memory_allocated(gpu) for gpu in range(torch.cuda.device_count()))
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        # Not getrusage, whose figure begins with what the process that started this one held.
+        with open("/proc/self/status") as lines:
+            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
     def weights(self) -> Result:
         """The data-free metric: float32 `[num_experts, num_experts]` by `LAYER`."""
