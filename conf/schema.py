@@ -167,7 +167,7 @@ class CalibrateConfig:
     """Column that names each row's domain, for measuring transfer between domains. None: one domain."""
     metrics: tuple[str, ...] = METRICS
     """Some of frobenius, cosine, cka and weights."""
-    num_sequences: int = 400
+    num_sequences: int = 528
     """Usable rows that are read, in order, held-out ones included; fewer if the data has fewer."""
     sequence_length: int = 128
     """Tokens per row; longer rows are cut, shorter ones padded (padding does not count)."""
