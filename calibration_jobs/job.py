@@ -28,8 +28,8 @@ from ops.similarity import FILE_NAME, SimilarityArtifact
 
 # What may differ between a job and its continuation: it changes where and how fast, not what.
 _NOT_IDENTITY = (
-    "output", "overwrite", "num_workers", "num_cpus_per_worker", "num_gpus_per_worker", "max_memory_gib", "registered_model",
-    "promote_if", "judge", "tracking",
+    "output", "overwrite", "num_workers", "num_cpus_per_worker", "num_gpus_per_worker", "max_memory_gib", "offload_folder",
+    "registered_model", "promote_if", "judge", "tracking",
 )  # fmt: skip
 
 
@@ -45,8 +45,8 @@ class Calibration:
     promoted: bool
     was_finished: bool
     """Nothing was to be done."""
-    num_redone: int = 0
-    """Tasks of this call; what an earlier one had finished is not among them."""
+    num_done: int = 0
+    """Tasks this call ran; what an earlier one had finished is not among them."""
 
 
 def _calibrate_shards(tasks: TaskRunner, plan: Plan, tracker: NullTracker) -> tuple[MergedSums, list[dict[str, Any]]]:
@@ -175,7 +175,7 @@ def calibrate(config: CalibrateConfig) -> Calibration:
             tracker.log_metrics({"num_tokens": num_tokens, "num_replaced_workers": tasks.num_replaced})
             version, promoted = record(tracker, config, name, artifact, quality, output, folder.path)
             folder.note("finished", {"key": key, "version": version, "promoted": promoted, "file": files_digest([output])})
-            return Calibration(output, name, version, promoted, was_finished=False, num_redone=tasks.num_done)
+            return Calibration(output, name, version, promoted, was_finished=False, num_done=tasks.num_done)
 
 
 def _key(config: CalibrateConfig, folder: JobFolder, name: str) -> str:

@@ -3,14 +3,19 @@
 A plain class; the job makes it a Ray actor. Every result depends on the arguments and the config alone.
 """
 
+import os
+import shutil
 import tempfile
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from calibration_jobs.plan import TokenRow
 from calibration_jobs.store import Result
 from conf.schema import CalibrateConfig, ConfigError
+
+_OFFLOAD_PREFIX = "sere-offload-"
 
 
 def block_tokens_of(config: CalibrateConfig, *, num_experts: int, hidden_size: int) -> int:
@@ -31,6 +36,17 @@ def block_tokens_of(config: CalibrateConfig, *, num_experts: int, hidden_size: i
     return min(config.block_tokens, fitting)
 
 
+def _offload_folder(parent: str | None) -> tempfile.TemporaryDirectory:
+    """A folder for this process. Those of processes that were killed are removed: each may be as large as the model."""
+    place = Path(parent or tempfile.gettempdir())
+    place.mkdir(parents=True, exist_ok=True)
+    for other in place.glob(f"{_OFFLOAD_PREFIX}*"):
+        owner = other.name.removeprefix(_OFFLOAD_PREFIX).split("-")[0]
+        if owner.isdigit() and not Path("/proc", owner).exists():
+            shutil.rmtree(other, ignore_errors=True)
+    return tempfile.TemporaryDirectory(prefix=f"{_OFFLOAD_PREFIX}{os.getpid()}-", dir=place)
+
+
 class CalibrationWorker:
     """One copy of the model."""
 
@@ -45,7 +61,7 @@ class CalibrationWorker:
         """Load the model. Not in the constructor: an error there would reach the driver as a dead actor."""
         from calibration_jobs.models import load_model
 
-        self._offload = tempfile.TemporaryDirectory(prefix="sere-offload-")
+        self._offload = _offload_folder(self._config.offload_folder)
         self._model = load_model(self._config, self._offload.name)
 
     def sums(self, rows: Sequence[TokenRow], domains: Sequence[str]) -> Result:

@@ -185,6 +185,9 @@ class CalibrateConfig:
     num_gpus_per_worker: float = 0
     max_memory_gib: float | None = None
     """Memory for a worker's weights; what does not fit is read from disk at each use. None: the whole model is loaded."""
+    offload_folder: str | None = None
+    """Folder on each worker's machine for weights that have to be rewritten before they can be read layer by layer (up to the
+    model's size). None: the system's temporary folder."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
     trust_remote_code: bool = False
     registered_model: str | None = None

@@ -112,7 +112,7 @@ def test_killed_workers_shard_is_done_elsewhere(cluster, slow, undisturbed, capl
         done = calibrate(config)
     assert during.done and killed
     assert_same(done.file, artifact)
-    assert done.num_redone == NUM_SHARDS, "each shard's result was written once"
+    assert done.num_done == NUM_SHARDS, "each shard's result was written once"
     assert "a worker died on shard-" in caplog.text
 
 
