@@ -42,6 +42,25 @@ def start_ray(num_cpus: float) -> None:
         ray.init(include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False, **local)
 
 
+def check_room(*, num_cpus: float, num_gpus: float) -> None:
+    """Refuse a worker that a local Ray, which cannot grow, will never have room for.
+
+    Raises:
+        ConfigError: if there are too few cores or GPUs for one worker.
+    """
+    import ray
+
+    if os.environ.get("RAY_ADDRESS"):
+        return
+    total = ray.cluster_resources()
+    for name, needed in (("CPU", num_cpus), ("GPU", num_gpus)):
+        if needed > total.get(name, 0):
+            raise ConfigError(
+                f"a worker needs {needed:g} {name}s and this machine has {total.get(name, 0):g}: lower "
+                f"num_{name.lower()}s_per_worker, or set RAY_ADDRESS to join a cluster"
+            )
+
+
 @dataclass(frozen=True)
 class Task:
     """One call of a worker's method. Its result must depend on the arguments alone: any worker may make it, and twice."""

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from calibration_jobs.cluster import Task, WorkerPool, start_ray
+from calibration_jobs.cluster import Task, WorkerPool, check_room, start_ray
 from calibration_jobs.models import ModelFacts
 from calibration_jobs.store import DamagedResult, JobFolder, Result
 from conf.schema import CalibrateConfig
@@ -33,7 +33,9 @@ class TaskRunner:
         return self._pool.num_replaced if self._pool is not None else 0
 
     def start_ray(self) -> None:
+        """Join or start Ray, and see that it has room for a worker."""
         start_ray(self._config.num_workers * self._config.num_cpus_per_worker)
+        check_room(num_cpus=self._config.num_cpus_per_worker, num_gpus=self._config.num_gpus_per_worker)
 
     def _start_worker(self) -> Any:
         import ray

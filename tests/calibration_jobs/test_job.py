@@ -131,6 +131,11 @@ def test_refusals_before_any_work(make_config, tmp_path, tiny_model):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_worker_without_room_is_refused(not_judged):
+    with pytest.raises(ConfigError, match=r"a worker needs 1 GPUs and this machine has 0: lower num_gpus_per_worker"):
+        calibrate(not_judged(num_gpus_per_worker=1))
+
+
 def test_quality_record(make_config):
     config = make_config(num_workers=2)
     done = calibrate(config)
