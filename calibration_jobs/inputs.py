@@ -58,15 +58,17 @@ def _rows(kind: str, files: list[Path]) -> Iterator[tuple[Path, int, Any]]:
     """File, number within it and content of each row: a dict, or None for a line that is no JSON."""
     for file in files:
         if kind == "parquet":
-            import datasets
             import pyarrow as pa
+            import pyarrow.parquet as pq
 
             try:
-                stream = datasets.load_dataset("parquet", data_files=[str(file)], split="train", streaming=True)
-                for number, row in enumerate(stream):
-                    yield file, number, row
-            except (pa.ArrowException, datasets.exceptions.DatasetsError, ValueError) as error:
-                # An empty file has no features to infer.
+                number = 0
+                with pq.ParquetFile(file) as opened:
+                    for batch in opened.iter_batches(batch_size=1000):
+                        for row in batch.to_pylist():
+                            yield file, number, row
+                            number += 1
+            except (pa.ArrowException, OSError) as error:
                 raise ConfigError(f"{file} cannot be read ({str(error).splitlines()[0]}): it is empty or damaged") from error
         else:
             # Line by line: a reader of whole blocks stops at the first line whose types differ.

@@ -113,12 +113,13 @@ def load_model(config: CalibrateConfig, offload_folder: str | Path) -> "nn.Modul
         placement = {"device_map": "auto", "max_memory": memory, "offload_folder": str(offload_folder)}
     elif num_gpus:
         placement = {"device_map": "auto"}
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        config.model,
-        dtype=config.dtype if config.dtype == "auto" else getattr(torch, config.dtype),
-        trust_remote_code=config.trust_remote_code,
-        **placement,
-    )
+    dtype = config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            config.model, dtype=dtype, trust_remote_code=config.trust_remote_code, **placement
+        )
+    except OSError as error:
+        raise ConfigError(f"the weights of {config.model} cannot be read ({str(error).splitlines()[0]})") from error
     # On the CPU the eager path is about 40 times slower.
     model.set_experts_implementation("grouped_mm")
     if config.max_memory_gib is not None:

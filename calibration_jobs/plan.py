@@ -11,6 +11,9 @@ import numpy as np
 from calibration_jobs.inputs import RowRemark, TextRow
 from conf.schema import CalibrateConfig, ConfigError
 
+# Each has sums of its own, which every shard computes, sends and stores.
+_MAX_DOMAINS = 16
+
 
 @dataclass(frozen=True)
 class TokenRow:
@@ -47,7 +50,7 @@ class Plan:
     """SHA-256 of all tokens and domains, in order."""
 
     domains: tuple[str, ...]
-    """All of them, sorted."""
+    """Those that are calibrated on, sorted."""
 
     @property
     def num_calibration_rows(self) -> int:
@@ -103,5 +106,10 @@ def make_plan(config: CalibrateConfig, rows: Sequence[TokenRow]) -> Plan:
     # Two shards at least, or there are no halves to compare.
     size = max(1, min(config.shard_rows, -(-len(kept) // 2)))
     shards = [Shard(index, tuple(kept[start : start + size])) for index, start in enumerate(range(0, len(kept), size))]
-    domains = tuple(sorted({row.domain for row in rows}))
+    domains = tuple(sorted({row.domain for row in kept}))
+    if len(domains) > _MAX_DOMAINS:
+        raise ConfigError(
+            f"column {config.domain_column!r} has {len(domains)} values, at most {_MAX_DOMAINS} domains are compared: set "
+            "domain_column to a coarser one, or to null"
+        )
     return Plan(tuple(shards), tuple(rows[number] for number in sorted(chosen)), _digest(rows), domains)

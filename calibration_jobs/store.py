@@ -74,8 +74,11 @@ class JobFolder:
         """Raises:
         ConfigError: if another process works here, or the folder belongs to other settings.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.path / "lock").open("w")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.path / "lock").open("w")
+        except OSError as error:
+            raise ConfigError(f"cannot write into {self.path} ({error.strerror}): choose another output") from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -149,7 +152,7 @@ class JobFolder:
                 metadata = opened.metadata() or {}
                 tensors = {key: opened.get_tensor(key) for key in opened.keys() if key != "empty"}  # noqa: SIM118
             info = metadata["info"]
-            right = metadata["sha256"] == _checksum(self.digest, name, tensors, info)
+            right = metadata["owner"] == self.digest and metadata["sha256"] == _checksum(self.digest, name, tensors, info)
         except (SafetensorError, OSError, KeyError, ValueError) as error:
             raise DamagedResult(f"{file} cannot be read ({str(error).splitlines()[0]})") from error
         if not right:

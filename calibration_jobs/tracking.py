@@ -84,7 +84,8 @@ class MlflowTracker(NullTracker):
     def log_metrics(self, metrics: Mapping[str, float], *, step: int = 0) -> None:
         import mlflow
 
-        mlflow.log_metrics({key: float(value) for key, value in metrics.items()}, step=step)
+        # A name of a domain may have characters that MLflow refuses.
+        mlflow.log_metrics({re.sub(r"[^\w\-. :/]", "_", key): float(value) for key, value in metrics.items()}, step=step)
 
     def log_figure(self, figure: "Figure", path: str) -> None:
         import mlflow

@@ -66,8 +66,11 @@ def inspect(path_or_uri: str, *, uri: str | None, output: str | None, console: "
         from calibration_jobs.pictures import all_figures
 
         for path, figure in all_figures(artifact, quality):
-            (Path(output) / path).parent.mkdir(parents=True, exist_ok=True)
-            figure.savefig(Path(output) / path, dpi=110)
+            try:
+                (Path(output) / path).parent.mkdir(parents=True, exist_ok=True)
+                figure.savefig(Path(output) / path, dpi=110)
+            except OSError as error:
+                raise ConfigError(f"cannot write pictures into {output} ({error.strerror}): choose another --output") from error
         console.print(f"Pictures are in {output}")
 
 

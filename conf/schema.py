@@ -141,7 +141,8 @@ class JudgeConfig:
             raise ConfigError(f"judge.threshold_quantiles must be between 0 and 1, got {list(self.threshold_quantiles)}")
         for name, value in (("batch_sizes", self.reference_batch_size), ("primary_top_k", self.reference_primary_top_k)):
             if value not in getattr(self, name):
-                raise ConfigError(f"judge.reference of {name} is {value}, which must be one of {list(getattr(self, name))}")
+                key = "reference_batch_size" if name == "batch_sizes" else "reference_primary_top_k"
+                raise ConfigError(f"judge.{key} must be one of judge.{name} {list(getattr(self, name))}, got {value}")
         largest = max((*self.batch_sizes, *self.emulate_batch_sizes))
         if 0 < self.held_out_rows < largest:
             raise ConfigError(
@@ -202,6 +203,9 @@ class CalibrateConfig:
         _one_of(self, "dtype", "promote_if")
         _at_least(self, 1, "num_sequences", "batch_size", "shard_rows", "num_workers", "max_activation_bytes")
         _at_least(self, 4, "sequence_length", "block_tokens")
+        _at_least(self, 0, "num_cpus_per_worker", "num_gpus_per_worker")
+        if self.registered_model is not None and set(self.registered_model) & set("/:"):
+            raise ConfigError(f"registered_model must have no / or :, got {self.registered_model!r}")
         if self.max_memory_gib is not None and not 0 < self.max_memory_gib < math.inf:
             raise ConfigError(f"max_memory_gib must be above 0, got {self.max_memory_gib}")
         if not self.metrics or not set(self.metrics) <= set(METRICS):

@@ -128,3 +128,15 @@ def test_plan_depends_on_content_and_order():
 def test_holding_out_everything_is_refused():
     with pytest.raises(ConfigError, match=r"has 3 usable rows, of which judge\.held_out_rows=3 leaves none"):
         planned("aaa", held_out_rows=3)
+
+
+def test_too_many_domains_are_refused_and_uncalibrated_ones_left_out():
+    with pytest.raises(ConfigError, match=r"has 20 values, at most 16 domains are compared"):
+        planned("abcdefghijklmnopqrst")
+    plan = planned("aaaab", held_out_rows=3)
+    assert set(plan.domains) == {row.domain for shard in plan.shards for row in shard.rows}
+
+
+def test_file_names_are_not_patterns(tmp_path):
+    pq.write_table(pa.table({"text": ["a"]}), tmp_path / "a[1].parquet")
+    assert [row.text for row in read_rows(config(tmp_path))[0]] == ["a"]

@@ -17,10 +17,10 @@ def test_run_is_recorded(tracking):
     config = CalibrateConfig(model="m", data="d", output="o", tracking=tracking)
     with track(tracking, kind="generate", default_name="n") as tracker:
         tracker.log_config(config)
-        tracker.log_metrics({"exact_match": 0.5})
+        tracker.log_metrics({"exact_match": 0.5, "transfer/c++ [x]": 1})
         tracker.log_dataset(source="/data/d.parquet", digest="abcdef0123456789", num_rows=3, context="generation")
     (run,) = read_runs(tracking.uri, "e")
-    assert run["name"] == "n" and run["metrics"] == {"exact_match": 0.5}
+    assert run["name"] == "n" and run["metrics"] == {"exact_match": 0.5, "transfer/c__ _x_": 1}
     assert run["params"]["tracking.experiment"] == "e" and run["params"]["batch_size"] == "32"
     assert mlflow.artifacts.load_dict(f"runs:/{run['run_id']}/config.json")["model"] == "m"
     (dataset,) = mlflow.get_run(run["run_id"]).inputs.dataset_inputs
