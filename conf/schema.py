@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args, get_type_hints
 METRICS = ("frobenius", "cosine", "cka", "weights")
 Metric = Literal["frobenius", "cosine", "cka", "weights"]
 PolicyName = Literal["none", "sere", "top_k", "random"]
+DataFormat = Literal["auto", "parquet", "json", "csv", "text", "huggingface"]
 
 
 class ConfigError(ValueError):
@@ -217,50 +218,108 @@ class CalibrateConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class StructuredOutputConfig:
+    """What every answer must look like; exactly one of these. Names are vLLM's `StructuredOutputsParams`."""
+
+    json: Any = None
+    """A JSON schema, as a mapping or as text."""
+    regex: str | None = None
+    choice: tuple[str, ...] | None = None
+    grammar: str | None = None
+    """In EBNF."""
+
+    def __post_init__(self) -> None:
+        if sum(getattr(self, field.name) is not None for field in dataclasses.fields(self)) != 1:
+            raise ConfigError("structured_output needs exactly one of json, regex, choice and grammar")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The one constraint that is set, by name."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: list(value) if name == "choice" else value for name, value in values.items() if value is not None}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingConfig:
-    """What is generated for a prompt. Names are vLLM's `SamplingParams`."""
+    """What is generated for a prompt. Names and meanings are vLLM's `SamplingParams`."""
 
     max_tokens: int = 256
+    min_tokens: int = 0
     temperature: float = 0.0
     top_p: float = 1.0
+    top_k: int = 0
+    """0: all tokens."""
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
     seed: int | None = None
+    structured_output: StructuredOutputConfig | None = None
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "max_tokens")
+        _at_least(self, 0, "min_tokens", "top_k")
         if not 0 <= self.temperature < math.inf:
             raise ConfigError(f"temperature must be at least 0 and finite, got {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p must be above 0 and at most 1, got {self.top_p}")
+        if not 0 <= self.min_p <= 1:
+            raise ConfigError(f"min_p must be between 0 and 1, got {self.min_p}")
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not -2 <= getattr(self, name) <= 2:
+                raise ConfigError(f"{name} must be between -2 and 2, got {getattr(self, name)}")
+        if not 0 < self.repetition_penalty < math.inf:
+            raise ConfigError(f"repetition_penalty must be above 0, got {self.repetition_penalty}")
+        if self.min_tokens > self.max_tokens:
+            raise ConfigError(f"min_tokens ({self.min_tokens}) must not be above max_tokens ({self.max_tokens})")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineConfig:
     """The vLLM replicas."""
 
-    replicas: int = 1
+    num_replicas: int = 1
+    """Replicas the job needs to begin with; where nothing else is said, all it uses."""
+    max_replicas: int | None = None
+    """Further replicas are started, up to this many, as the cluster has or gets room for them. None: num_replicas."""
     max_num_seqs: int = 32
     """Sequences decoded together in one replica: the decode batch that quality figures refer to."""
     max_model_len: int | None = None
     """Context length; None: the model's."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+    executor: Literal["auto", "mp", "ray"] = "auto"
+    """How a replica of several GPUs runs: mp, all on one node; ray, also over nodes; auto: mp."""
     enforce_eager: bool = False
     """Skip torch.compile and CUDA graphs: starts faster, decodes slower."""
+    gpus_per_replica: float | None = None
+    """GPUs Ray reserves for a replica; None: tensor_parallel_size times pipeline_parallel_size if the cluster has GPUs, else 0.
+    A fraction shares a GPU: then lower gpu_memory_utilization in engine_kwargs."""
     accelerator_type: str | None = None
-    """Ray accelerator type of the GPUs wanted, for example H200; None: any, or CPU where Ray sees no GPU."""
+    """Ray accelerator type of the GPUs wanted, for example H200; None: any."""
     cpus_per_replica: float = 1
-    """CPU cores Ray reserves for a replica on a machine without GPUs."""
+    """CPU cores Ray reserves for a replica."""
     kv_cache_gib: float = 1.0
     """KV cache of a replica on the CPU; on a GPU vLLM sizes it itself."""
+    lora_adapters: dict[str, str] = field(default_factory=dict)
+    """LoRA adapters by name: folder, or hub name."""
+    max_lora_rank: int = 16
     trust_remote_code: bool = False
     engine_kwargs: dict[str, Any] = field(default_factory=dict)
     """Further arguments of vLLM's engine, as they are."""
 
     def __post_init__(self) -> None:
-        _one_of(self, "dtype")
-        _at_least(self, 1, "replicas", "max_num_seqs", "tensor_parallel_size")
+        _one_of(self, "dtype", "executor")
+        _at_least(self, 1, "num_replicas", "max_num_seqs", "tensor_parallel_size", "pipeline_parallel_size", "max_lora_rank")
         if self.max_model_len is not None:
             _at_least(self, 1, "max_model_len")
+        if self.max_replicas is not None and self.max_replicas < self.num_replicas:
+            raise ConfigError(f"max_replicas ({self.max_replicas}) must not be below num_replicas ({self.num_replicas})")
+        if self.gpus_per_replica is not None and not 0 <= self.gpus_per_replica < math.inf:
+            raise ConfigError(f"gpus_per_replica must be at least 0, got {self.gpus_per_replica}")
         for name in ("kv_cache_gib", "cpus_per_replica"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"{name} must be above 0, got {getattr(self, name)}")
@@ -273,12 +332,35 @@ class GenerateConfig:
     model: str
     """Folder or hub name of the model."""
     data: str
-    """Parquet or JSONL file, folder or glob."""
+    """Files, a folder or a glob of them (parquet, JSONL, CSV, text), a Hugging Face dataset (hub name, or a folder written by
+    `save_to_disk`), each also as an fsspec URI such as s3://bucket/prompts/*.jsonl."""
     output: str
-    """Folder for the result (parquet); must not hold an earlier one."""
+    """Run directory: a path that all nodes see, or an fsspec URI. The same command goes on with what is there."""
+    overwrite: bool = False
+    """Throw away what the run directory holds, and start anew."""
+    data_format: DataFormat = "auto"
+    """auto: by the files' suffix; huggingface: `data` is a dataset's hub name or folder."""
+    data_split: str = "train"
+    """Split of a Hugging Face dataset."""
+    data_revision: str | None = None
+    """Revision of a hub dataset."""
+    storage_options: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the fsspec file systems of `data` and `output`, for example {endpoint_url: ...}. Credentials belong into the
+    environment."""
     id_column: str = "id"
-    """Unique, not null: results are matched to inputs by it."""
+    """Missing ids are made from file and row: FILE#ROW."""
     prompt_column: str = "prompt"
+    """Text to continue. Text files have one row a line, in this column."""
+    template: str | None = None
+    """Jinja template that makes the prompt from a row's columns, instead of prompt_column: "Q: {{ question }}"."""
+    messages_column: str | None = None
+    """Chat messages (list of {role, content}), which the model's chat template makes a prompt, instead of prompt_column."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of the chat template, for example {enable_thinking: false}."""
+    sampling_column: str | None = None
+    """Column of mappings (or JSON text) that override `sampling` for their row."""
+    lora_column: str | None = None
+    """Column that names the row's LoRA adapter, one of engine.lora_adapters; null: the bare model."""
     reference_column: str = "reference"
     """If the data has it, exact match is computed and recorded."""
     task_column: str = "task"
@@ -290,6 +372,16 @@ class GenerateConfig:
     once. 1 makes static batches: prompts are read together, then decoded together, and no step mixes the two."""
     num_rows: int | None = None
     """Only the first rows, for a trial; None: all."""
+    preserve_order: bool = False
+    """Write the results in the input's order, at the end; the order of finishing otherwise."""
+    checkpoint_rows: int = 256
+    """Rows a replica finishes before it writes them: at most so many per replica are done again after a driver's death."""
+    checkpoint_interval_s: float = 60
+    """Finished rows wait no longer than this to be written."""
+    max_retries: int = 3
+    """Times a row is tried again after its replica died; then it is reported as an error."""
+    max_error_ratio: float = 1.0
+    """Stop as soon as more than this share of rows (of 100 at least) failed. 1: never."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     reroute: RerouteConfig | None = None
@@ -297,6 +389,16 @@ class GenerateConfig:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "batch_size", "concurrent_batches")
+        _one_of(self, "data_format")
+        _at_least(self, 1, "batch_size", "concurrent_batches", "checkpoint_rows")
+        _at_least(self, 0, "max_retries")
         if self.num_rows is not None:
             _at_least(self, 1, "num_rows")
+        if not 0 <= self.max_error_ratio <= 1:
+            raise ConfigError(f"max_error_ratio must be between 0 and 1, got {self.max_error_ratio}")
+        if not 0 < self.checkpoint_interval_s < math.inf:
+            raise ConfigError(f"checkpoint_interval_s must be above 0, got {self.checkpoint_interval_s}")
+        if self.template is not None and self.messages_column is not None:
+            raise ConfigError("template and messages_column both make the prompt: set one of them")
+        if self.lora_column is not None and not self.engine.lora_adapters:
+            raise ConfigError("lora_column needs engine.lora_adapters: name the adapters")
