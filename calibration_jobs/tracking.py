@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from conf.masking import mask_uri, mask_values
 from conf.schema import ConfigError, TrackingConfig
 
 if TYPE_CHECKING:
@@ -49,6 +50,9 @@ class NullTracker:
     def log_file(self, file: Path) -> None:
         """Record a file among the run's artifacts."""
 
+    def log_values(self, values: Mapping[str, Any], path: str) -> None:
+        """Record values as a JSON file under `path` among the run's artifacts."""
+
     def register_artifact(self, file: Path, *, name: str, alias: str, tags: Mapping[str, str]) -> str | None:
         """Store a file as a new version of registered model `name`, give it `alias`, and return its version.
 
@@ -69,7 +73,7 @@ class MlflowTracker(NullTracker):
     def log_config(self, config: Any) -> None:
         import mlflow
 
-        values = dataclasses.asdict(config)
+        values = mask_values(dataclasses.asdict(config))
         mlflow.log_dict(values, "config.json")
         self.log_params(dict(_leaves(values)))
 
@@ -87,6 +91,11 @@ class MlflowTracker(NullTracker):
         # A name of a domain may have characters that MLflow refuses.
         mlflow.log_metrics({re.sub(r"[^\w\-. :/]", "_", key): float(value) for key, value in metrics.items()}, step=step)
 
+    def log_values(self, values: Mapping[str, Any], path: str) -> None:
+        import mlflow
+
+        mlflow.log_dict(dict(values), path)
+
     def log_figure(self, figure: "Figure", path: str) -> None:
         import mlflow
 
@@ -97,10 +106,10 @@ class MlflowTracker(NullTracker):
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
         dataset = Dataset(
-            name=Path(source).name,
+            name=Path(mask_uri(source)).name,
             digest=digest[:12],
             source_type="local",
-            source=json.dumps({"uri": source}),
+            source=json.dumps({"uri": mask_uri(source)}),
             profile=json.dumps({"num_rows": num_rows}),
         )
         tag = InputTag(key="mlflow.data.context", value=context)
@@ -176,7 +185,9 @@ def use_store(uri: str) -> None:
 
 
 def _unusable(uri: str, error: Exception) -> ConfigError:
-    return ConfigError(f"MLflow store {uri!r} cannot be used ({str(error).splitlines()[0]}): check tracking.uri")
+    return ConfigError(
+        f"MLflow store {mask_uri(uri)!r} cannot be used ({mask_uri(str(error).splitlines()[0])}): check tracking.uri"
+    )
 
 
 def use_experiment(config: TrackingConfig) -> str:
@@ -209,7 +220,9 @@ def source_commit() -> str:
 
 
 @contextmanager
-def track(config: TrackingConfig, *, kind: str, default_name: str, run_id: str | None = None) -> Iterator[NullTracker]:
+def track(
+    config: TrackingConfig, *, kind: str, default_name: str, run_id: str | None = None, system_metrics: bool = False
+) -> Iterator[NullTracker]:
     """A run that ends FINISHED, or FAILED if the block raises.
 
     Args:
@@ -217,6 +230,7 @@ def track(config: TrackingConfig, *, kind: str, default_name: str, run_id: str |
         kind: Tag `sere.kind`: calibrate or generate.
         default_name: Run name where the config has none.
         run_id: A run to go on with, instead of a new one.
+        system_metrics: Record this machine's load and memory over time.
     """
     if not config.uri:
         yield NullTracker()
@@ -227,9 +241,11 @@ def track(config: TrackingConfig, *, kind: str, default_name: str, run_id: str |
     experiment_id = use_experiment(config)
     tags = {"sere.kind": kind, "sere.commit": source_commit()}
     if run_id is not None:
-        started = mlflow.start_run(run_id=run_id, tags=tags)
+        started = mlflow.start_run(run_id=run_id, tags=tags, log_system_metrics=system_metrics)
     else:
-        started = mlflow.start_run(experiment_id=experiment_id, run_name=config.run_name or default_name, tags=tags)
+        started = mlflow.start_run(
+            experiment_id=experiment_id, run_name=config.run_name or default_name, tags=tags, log_system_metrics=system_metrics
+        )
     with started as run:
         yield MlflowTracker(run.info.run_id)
 

@@ -27,7 +27,7 @@ def refuse_engine_modes(vllm_config: Any, config: RerouteConfig, device: torch.d
         (
             parallel.data_parallel_size > 1,
             f"data_parallel_size={parallel.data_parallel_size} mixes rows of several engines in one MoE layer, so their roles "
-            "cannot be known: run independent replicas instead (sere generate, engine.replicas)",
+            "cannot be known: run independent replicas instead (sere generate, engine.num_replicas)",
         ),
         (
             getattr(parallel, "use_sequence_parallel_moe", False),

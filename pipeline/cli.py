@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -19,6 +20,7 @@ _QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
 }
 EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
 _URI = "sqlite:///runs/mlflow.db"
 # Second words of `sere calibrate`; any other one is a config file.
 _ARTIFACT_COMMANDS = {
@@ -89,15 +91,9 @@ def _run(arguments: argparse.Namespace) -> None:
         console.print(line, soft_wrap=True, highlight=False)
     else:
         from pipeline.generate import generate
+        from pipeline.summary import print_summary
 
-        config = load_config(GenerateConfig, arguments.config, arguments.overrides)
-        metrics = generate(config)
-        line = f"Wrote {config.output}: {metrics['num_rows']:.0f} rows, {metrics['num_errors']:.0f} with errors"
-        if "exact_match" in metrics:
-            line += f", exact match {metrics['exact_match']:.3f}"
-        if "active_experts_after" in metrics:
-            line += f", active experts per step {metrics['active_experts_before']:.1f} -> {metrics['active_experts_after']:.1f}"
-        console.print(line, soft_wrap=True, highlight=False)
+        print_summary(generate(load_config(GenerateConfig, arguments.config, arguments.overrides)), console)
 
 
 def _run_on_artifact(arguments: argparse.Namespace, console: "Console") -> None:
@@ -112,7 +108,7 @@ def _run_on_artifact(arguments: argparse.Namespace, console: "Console") -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns the exit status: 0, or 2 for an error the user can mend."""
+    """Run one command. Returns the exit status: 0, 2 for an error the user can mend, 130 if interrupted."""
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["calibrate"] and words[1:2] and words[1] in _ARTIFACT_COMMANDS:
         words[:2] = [" ".join(words[:2])]
@@ -122,15 +118,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from conf.schema import ConfigError
 
+    # What a scheduler sends before it takes a machine away: ended in order, like Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         _run(arguments)
     except ConfigError as error:
         print(f"sere: {' '.join(str(error).split())}", file=sys.stderr)  # noqa: T201
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
-        kept = "the same command continues" if arguments.command == "calibrate" else "nothing was written"
-        print(f"sere: interrupted, {kept}", file=sys.stderr)  # noqa: T201
-        return 130
+        kept = ", the same command continues" if arguments.command in ("calibrate", "generate", "sweep") else ""
+        print(f"sere: interrupted{kept}", file=sys.stderr)  # noqa: T201
+        return EXIT_INTERRUPTED
     return 0
 
 

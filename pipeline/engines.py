@@ -1,11 +1,16 @@
 """What has to be right before engines start: the model, the settings, the cluster; and the arguments engines get."""
 
+import os
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from calibration_jobs.cluster import start_ray
 from calibration_jobs.models import read_model_config
 from conf.schema import ConfigError, GenerateConfig, RerouteConfig
+from pipeline.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 # What model families call the number of experts a token is sent to.
 _TOP_K_NAMES = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "top_k_experts")
@@ -15,9 +20,8 @@ _TOP_K_NAMES = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe
 class ModelFacts:
     """What is known of a model without loading it."""
 
-    context_length: int
     top_k: int | None
-    stop_ids: frozenset[int]
+    """Experts a token is sent to; None if its configuration does not say."""
 
 
 def read_model_facts(config: GenerateConfig) -> ModelFacts:
@@ -26,20 +30,9 @@ def read_model_facts(config: GenerateConfig) -> ModelFacts:
     Raises:
         ConfigError: if there is no such model.
     """
-    import transformers
-
     model_config = read_model_config(config.model, trust_remote_code=config.engine.trust_remote_code)
     text_config = model_config.get_text_config()
-    stop_ids = [getattr(text_config, "eos_token_id", None)]
-    try:
-        generation = transformers.GenerationConfig.from_pretrained(config.model)
-        stop_ids.append(generation.eos_token_id)
-    except OSError:
-        pass
-    flat = [i for ids in stop_ids for i in (ids if isinstance(ids, list) else [ids]) if i is not None]
-    limit = getattr(text_config, "max_position_embeddings", None) or 2**31
-    top_k = next((getattr(text_config, name) for name in _TOP_K_NAMES if getattr(text_config, name, None)), None)
-    return ModelFacts(config.engine.max_model_len or limit, top_k, frozenset(flat))
+    return ModelFacts(next((getattr(text_config, name) for name in _TOP_K_NAMES if getattr(text_config, name, None)), None))
 
 
 def check_reroute(config: RerouteConfig, model: str, facts: ModelFacts) -> None:
@@ -64,14 +57,20 @@ def engine_kwargs(config: GenerateConfig, reroute: RerouteConfig | None, *, on_g
     """Arguments of vLLM's engine."""
     engine = config.engine
     arguments: dict[str, Any] = {
+        "model": config.model,
         "dtype": engine.dtype,
         "max_num_seqs": engine.max_num_seqs,
         "tensor_parallel_size": engine.tensor_parallel_size,
+        "pipeline_parallel_size": engine.pipeline_parallel_size,
         "enforce_eager": engine.enforce_eager,
         "trust_remote_code": engine.trust_remote_code,
     }
+    if _num_devices(config) > 1:
+        arguments["distributed_executor_backend"] = "mp" if engine.executor == "auto" else engine.executor
     if engine.max_model_len is not None:
         arguments["max_model_len"] = engine.max_model_len
+    if engine.lora_adapters:
+        arguments |= {"enable_lora": True, "max_loras": len(engine.lora_adapters), "max_lora_rank": engine.max_lora_rank}
     if not on_gpu:
         arguments["kv_cache_memory_bytes"] = int(engine.kv_cache_gib * 2**30)
     arguments |= engine.engine_kwargs
@@ -80,28 +79,104 @@ def engine_kwargs(config: GenerateConfig, reroute: RerouteConfig | None, *, on_g
     return arguments
 
 
-def find_gpus(config: GenerateConfig) -> bool:
-    """Join or start a Ray cluster; returns whether it has GPUs.
+def _num_devices(config: GenerateConfig) -> int:
+    return config.engine.tensor_parallel_size * config.engine.pipeline_parallel_size
+
+
+def _gpus_per_replica(config: GenerateConfig) -> float:
+    given = config.engine.gpus_per_replica
+    return float(_num_devices(config)) if given is None else given
+
+
+def join_cluster(config: GenerateConfig) -> bool:
+    """Join or start a Ray cluster; returns whether its replicas run on GPUs.
 
     Raises:
-        ConfigError: if the replicas do not fit.
+        ConfigError: if the replicas the job needs do not fit a machine of its own, which cannot grow.
     """
     import ray
 
-    cpus = config.engine.replicas * config.engine.tensor_parallel_size * config.engine.cpus_per_replica
-    start_ray(cpus)
+    engine = config.engine
+    cpus = engine.num_replicas * engine.cpus_per_replica
+    # Reading and writing take a core beside the replicas.
+    start_ray((engine.max_replicas or engine.num_replicas) * engine.cpus_per_replica + 1)
     resources = ray.cluster_resources()
-    gpus_wanted = config.engine.replicas * config.engine.tensor_parallel_size
-    if resources.get("GPU", 0):
-        if resources["GPU"] < gpus_wanted:
-            raise ConfigError(
-                f"{config.engine.replicas} replicas of {config.engine.tensor_parallel_size} GPUs need {gpus_wanted} GPUs, the "
-                f"cluster has {resources['GPU']:.0f}: lower engine.replicas"
-            )
-        return True
+    on_gpu = resources.get("GPU", 0) > 0 and _gpus_per_replica(config) > 0
+    if os.environ.get("RAY_ADDRESS"):
+        return on_gpu
+    gpus = engine.num_replicas * _gpus_per_replica(config)
+    if on_gpu and resources["GPU"] < gpus:
+        raise ConfigError(
+            f"{engine.num_replicas} replicas of {_gpus_per_replica(config):g} GPUs need {gpus:g} GPUs, this machine has "
+            f"{resources['GPU']:g}: lower engine.num_replicas, or set RAY_ADDRESS to join a cluster"
+        )
     if resources.get("CPU", 0) < cpus + 1:
         raise ConfigError(
-            f"{config.engine.replicas} replicas need {cpus:g} cores and one to read and write, the cluster has "
-            f"{resources.get('CPU', 0):.0f}: lower engine.replicas or engine.cpus_per_replica"
+            f"{engine.num_replicas} replicas need {cpus:g} cores and one to read and write, Ray has "
+            f"{resources.get('CPU', 0):g}: lower engine.num_replicas or engine.cpus_per_replica"
         )
-    return False
+    return on_gpu
+
+
+class ReplicaStarter:
+    """Starts and ends the Ray actors of replicas."""
+
+    def __init__(
+        self,
+        config: GenerateConfig,
+        arguments: dict[str, Any],
+        folder: RunFolder,
+        input_schema: "pa.Schema",
+        *,
+        session: int,
+        on_gpu: bool,
+    ) -> None:
+        """Args:
+        config: Of the job.
+        arguments: Of the engines.
+        folder: Where they write.
+        input_schema: The input's columns.
+        session: Number of this driver's session: part of the replicas' names, which no other session's may have.
+        on_gpu: Whether they take GPUs.
+        """
+        self._config, self._arguments, self._on_gpu = config, arguments, on_gpu
+        self._folder, self._input_schema = folder.for_replicas(), input_schema
+        self._session = session
+        self._groups: dict[Any, Any] = {}
+
+    def start(self, number: int) -> tuple[str, Any]:
+        """Start a replica; returns its name and the actor, which waits for room in the cluster if need be."""
+        import ray
+        from ray.util.placement_group import placement_group
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        from pipeline.replica import Replica, ReplicaSpec
+
+        engine = self._config.engine
+        name = f"s{self._session:04d}-r{number:04d}"
+        spec = ReplicaSpec(name, self._config, self._arguments, self._folder, self._input_schema)
+        options: dict[str, Any] = {"num_cpus": engine.cpus_per_replica, "max_restarts": 0, "max_concurrency": 1000}
+        group = None
+        if self._on_gpu:
+            accelerator = {f"accelerator_type:{engine.accelerator_type}": 0.001} if engine.accelerator_type else {}
+            if engine.executor == "ray" and _num_devices(self._config) > 1:
+                # A replica over nodes: vLLM starts a worker in each bundle, and Ray keeps the bundles together.
+                bundle = {"GPU": 1, "CPU": engine.cpus_per_replica, **accelerator}
+                group = placement_group([bundle] * _num_devices(self._config), strategy="PACK")
+                strategy = PlacementGroupSchedulingStrategy(group, placement_group_capture_child_tasks=True)
+                options |= {"num_cpus": 0, "num_gpus": 0, "scheduling_strategy": strategy}
+            else:
+                options |= {"num_gpus": _gpus_per_replica(self._config), "resources": accelerator}
+        actor = ray.remote(Replica).options(**options).remote(spec)
+        if group is not None:
+            self._groups[actor] = group
+        return name, actor
+
+    def end(self, actor: Any) -> None:
+        """End a replica, dead or alive, and free what it held."""
+        import ray
+        from ray.util import remove_placement_group
+
+        ray.kill(actor)
+        if actor in self._groups:
+            remove_placement_group(self._groups.pop(actor))

@@ -1,4 +1,8 @@
-"""`sere generate`: Ray Data reads a dataset and ray.data.llm runs it through vLLM replicas with re-routing configured."""
+"""`sere generate`: Ray Data reads the input, Ray actors run vLLM replicas with re-routing, and the parts they write add up.
+
+The order of things: what the job is (model, input, artifact), whose run directory it is, what in it is finished, the rest
+through the replicas, and at the end the figures of all parts together.
+"""
 
 import dataclasses
 import functools
@@ -6,140 +10,279 @@ import logging
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from calibration_jobs.inputs import find_files
-from calibration_jobs.tracking import NullTracker, resolve_artifact, track
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from calibration_jobs.tracking import NullTracker, resolve_artifact, resume, track
 from conf.schema import ConfigError, GenerateConfig, RerouteConfig
-from pipeline.datasets import ResultFolder, check_dataset, read_dataset
-from pipeline.engines import ModelFacts, check_reroute, engine_kwargs, find_gpus, read_model_facts
-from pipeline.evaluate import ExactMatch, Throughput
-from pipeline.rows import TIMING_SCHEMA, make_postprocess, make_preprocess, pack, unpack
+from pipeline.engines import ReplicaStarter, check_reroute, engine_kwargs, join_cluster, read_model_facts
+from pipeline.evaluate import exact_match, score
+from pipeline.job import (
+    Session,
+    job_settings,
+    read_manifest,
+    read_sessions,
+    read_similarity,
+    settings_digest,
+    write_manifest,
+)
+from pipeline.monitor import Monitor
+from pipeline.replica import SIMILARITY
+from pipeline.rows import Answer, answer_table
+from pipeline.run_folder import KEY, Finished, RunFolder, to_parquet
+from pipeline.sources import Source, describe_file, find_sources, read_file, unify
+from pipeline.storage import Storage
 
-if TYPE_CHECKING:
-    import pyarrow as pa
+_log = logging.getLogger(__name__)
+# Small, so that the first rows of a large file arrive soon.
+_BLOCK_BYTES = 16 * 2**20
+_ORDERED_ROWS = 100_000
+_STOP_S, _STOP_INTERRUPTED_S = 120.0, 15.0
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a finished job has to show."""
+
+    output: str
+    metrics: dict[str, float]
+    was_finished: bool
+    """It was finished before; nothing was done now."""
+
+
+def describe_input(config: GenerateConfig) -> Source:
+    """Scan the input's files, each in a Ray task.
+
+    Raises:
+        ConfigError: if there is no input, or it cannot be used.
+    """
+    import ray
+
+    listing = find_sources(config)
+    describe = ray.remote(num_cpus=0.5)(describe_file)
+    try:
+        files = ray.get([describe.remote(listing, index, config) for index in range(len(listing.files))])
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause if isinstance(error.cause, ConfigError) else error.as_instanceof_cause() from None
+    return unify(listing, files, config)
+
+
+def _read(batch: dict[str, Any], *, source: Any, rows_per_table: int) -> Iterator[pa.Table]:
+    """A Ray Data function: from the number of a file to its rows that are left."""
+    import ray
+
+    described, finished = ray.get(source[0])
+    for index in batch["index"]:
+        name = described.files[int(index)].name
+        yield from read_file(described, int(index), rows_per_table=rows_per_table, skip=finished.get(name))
+
+
+def read_batches(source: Source, finished: Finished, config: GenerateConfig) -> Iterator[pa.Table]:
+    """The rows that are not finished, in the input's order, `batch_size` at a time."""
+    import ray
     import ray.data
 
-_PROGRESS_INTERVAL_S = 5.0
+    context = ray.data.DataContext.get_current()
+    # Our own progress shows rows and tokens; Ray Data's shows operators.
+    context.enable_progress_bars = False
+    # It logs every failure with several tracebacks, before the exception that is handled here.
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+    context.execution_options.preserve_order = True
+    context.target_max_block_size = _BLOCK_BYTES
+    left = [
+        {"index": index} for index, file in enumerate(source.files) if file.num_rows > len(finished.rows.get(file.name, ()))
+    ]
+    if not left:
+        return
+    # In a list: as an argument of its own Ray Data would not let it through.
+    reference = [ray.put((source, finished.rows))]
+    read = functools.partial(_read, source=reference, rows_per_table=config.batch_size)
+    rows = ray.data.from_items(left, override_num_blocks=len(left)).map_batches(read, batch_size=1, num_cpus=0.5)
+    try:
+        yield from rows.iter_batches(batch_size=config.batch_size, batch_format="pyarrow", prefetch_batches=2)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause if isinstance(error.cause, ConfigError) else error.as_instanceof_cause() from None
 
 
-def build_pipeline(
-    dataset: "ray.data.Dataset",
-    config: GenerateConfig,
-    facts: ModelFacts,
-    reroute: RerouteConfig | None,
-    *,
-    on_gpu: bool,
-) -> "ray.data.Dataset":
-    """Input rows to result rows, lazily: the input's columns, then `RESULT_SCHEMA` and `TIMING_SCHEMA`."""
-    import pyarrow as pa
-    from ray.data.llm import build_processor, vLLMEngineProcessorConfig
+def _work(
+    config: GenerateConfig, source: Source, finished: Finished, monitor: Monitor, starter: ReplicaStarter, folder: RunFolder
+) -> None:
+    """Run what is left through replicas."""
+    from pipeline.dispatch import Dispatcher
 
-    schema = dataset.schema()
-    input_schema = pa.schema(list(zip(schema.names, schema.types, strict=True)))
-    placement = {} if on_gpu else {"placement_group_config": {"bundle_per_worker": {"CPU": config.engine.cpus_per_replica}}}
-    processor = build_processor(
-        vLLMEngineProcessorConfig(
-            model_source=config.model,
-            engine_kwargs=engine_kwargs(config, reroute, on_gpu=on_gpu),
-            concurrency=(config.engine.replicas, config.engine.replicas),
-            batch_size=config.batch_size,
-            max_concurrent_batches=config.concurrent_batches,
-            accelerator_type=config.engine.accelerator_type,
-            should_continue_on_error=True,
-            log_engine_metrics=False,
-            chat_template_stage=False,
-            tokenize_stage=False,
-            detokenize_stage=False,
-            **placement,
-        ),
-        preprocess=make_preprocess(config.sampling),
-        # Unlike its neighbours' resources, so that Ray Data does not fuse it with them and merge the batches again.
-        preprocess_map_kwargs={"num_cpus": 0.5},
-        postprocess=make_postprocess(
-            max_tokens=config.sampling.max_tokens, max_model_len=facts.context_length, stop_ids=facts.stop_ids
-        ),
+    given_up = iter(range(10**6))
+
+    def give_up(table: pa.Table, why: str) -> None:
+        rows = [(0, row, Answer(error=why)) for row in range(len(table))]
+        answers = answer_table(rows, {0: table}, source.schema, config.id_column)
+        folder.write_part(f"s{monitor.session.number:04d}-driver-{next(given_up):06d}", answers)
+
+    def keys_written(name: str) -> set[tuple[str, int]]:
+        return {
+            key
+            for part in folder.parts(f"{name}-")
+            for key in zip(*(column.to_pylist() for column in folder.read(part, KEY).select(KEY).columns), strict=True)
+        }
+
+    dispatcher = Dispatcher(
+        starter.start,
+        starter.end,
+        num_replicas=config.engine.max_replicas or config.engine.num_replicas,
+        concurrent_batches=config.concurrent_batches,
+        max_retries=config.max_retries,
+        keys_written=keys_written,
+        give_up=give_up,
     )
-    # One block a batch: otherwise a replica that gets a file's only block gets the whole file.
-    packed = dataset.map_batches(
-        functools.partial(pack, prompt_column=config.prompt_column), batch_format="pyarrow"
-    ).repartition(target_num_rows_per_block=config.batch_size)
-    return processor(packed).map_batches(functools.partial(unpack, input_schema=input_schema), batch_format="pyarrow")
+    patience = _STOP_INTERRUPTED_S
+    try:
+        for _ in dispatcher.run(read_batches(source, finished, config)):
+            monitor.update(dispatcher)
+        patience = _STOP_S
+    finally:
+        # Also when interrupted: what replicas have finished is kept.
+        dispatcher.close(timeout_s=patience)
+        monitor.update(dispatcher, final=True)
 
 
-def _refusal(stats_dir: str) -> ConfigError | None:
-    """What an engine worker wrote when it refused to start."""
-    for file in sorted(Path(stats_dir).glob("*.refused")):
-        return ConfigError(file.read_text())
-    return None
+def _prepare_reroute(config: GenerateConfig, facts: Any, scratch: Path) -> tuple[RerouteConfig | None, bytes]:
+    reroute = config.reroute
+    if reroute is None:
+        return None, b""
+    path = None
+    if reroute.policy == "sere":
+        path = resolve_artifact(reroute.similarity, tracking_uri=config.tracking.uri, folder=scratch)
+        reroute = dataclasses.replace(reroute, similarity=str(path.absolute()))
+    check_reroute(reroute, config.model, facts)
+    return reroute, read_similarity(reroute, path)
 
 
-@contextmanager
-def _progress(num_rows: int) -> Iterator[Any]:
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+def generate(config: GenerateConfig) -> Summary:
+    """Run the job, or go on with it.
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[speed]}"),
-    )
-    with Progress(*columns) as progress:
-        task = progress.add_task("Starting engines", total=num_rows, speed="")
+    Raises:
+        ConfigError, SimilarityError: if the model, the data, the run directory or a setting cannot be used, or engines cannot
+            start. What was finished stays; the same command goes on with it.
+    """
+    from ops.digest import model_digest
 
-        def advance(throughput: Throughput) -> None:
-            speed = throughput.finalize().get("tokens_per_s")
-            progress.update(
-                task,
-                description="Generating",
-                completed=throughput.num_rows,
-                speed=f"{speed:.0f} tokens/s" if speed else "",
-            )
-
-        yield advance
+    storage = Storage(config.output, config.storage_options)
+    facts = read_model_facts(config)
+    with tempfile.TemporaryDirectory(prefix="sere-") as scratch:
+        reroute, artifact = _prepare_reroute(config, facts, Path(scratch))
+        on_gpu = join_cluster(config)
+        source = describe_input(config)
+        model = model_digest(config.model)
+        settings = job_settings(config, model_digest=model, fingerprints=source.fingerprints, artifact=artifact)
+        with RunFolder(storage, settings, digest=settings_digest(settings), overwrite=config.overwrite) as folder:
+            manifest = read_manifest(folder)
+            if manifest is not None:
+                return Summary(config.output, manifest["metrics"], was_finished=True)
+            if artifact:
+                storage.put(SIMILARITY, artifact)
+            kwargs = engine_kwargs(config, reroute, on_gpu=on_gpu)
+            metrics = _run(config, source, folder, kwargs, model=model, on_gpu=on_gpu)
+    return Summary(config.output, metrics, was_finished=False)
 
 
-def _consume(
-    results: "ray.data.Dataset", config: GenerateConfig, tracker: NullTracker, folder: ResultFolder, num_rows: int
+def _run(
+    config: GenerateConfig, source: Source, folder: RunFolder, kwargs: dict[str, Any], *, model: str, on_gpu: bool
 ) -> dict[str, float]:
-    """Run the pipeline: write, evaluate and report batch by batch."""
-    throughput = Throughput()
-    exact_match = ExactMatch(reference_column=config.reference_column, task_column=config.task_column)
-    started, reported = time.monotonic(), 0.0
-    with _progress(num_rows) as advance:
-        batches: Iterator[pa.Table] = results.iter_batches(batch_format="pyarrow", batch_size=None)
-        for table in batches:
-            if not table.num_rows:
-                continue
-            folder.write(table.drop_columns(TIMING_SCHEMA.names))
-            throughput.update(table)
-            exact_match.update(table)
-            advance(throughput)
-            now = time.monotonic()
-            if now - reported > _PROGRESS_INTERVAL_S:
-                reported = now
-                tracker.log_metrics({"progress/rows": throughput.num_rows}, step=int(now - started))
-    if throughput.num_rows != num_rows:
-        raise RuntimeError(f"{num_rows} rows went in, {throughput.num_rows} came out: nothing was written")
-    folder.finish()
-    return {**throughput.finalize(), **exact_match.finalize(), "elapsed_s": time.monotonic() - started}
+    finished = folder.scan()
+    earlier = read_sessions(folder)
+    noted = folder.storage.get_json("run.json") or {}
+    name = "unmodified" if config.reroute is None else config.reroute.policy
+    run_id = resume(config.tracking, noted.get("mlflow_run_id"))
+    with track(config.tracking, kind="generate", default_name=name, run_id=run_id, system_metrics=True) as tracker:
+        folder.storage.put_json("run.json", {"mlflow_run_id": tracker.run_id})
+        if run_id is None:
+            tracker.log_config(config)
+            tracker.log_params({"model_digest": model})
+            tracker.log_dataset(
+                source=config.data,
+                digest=settings_digest(source.fingerprints),
+                num_rows=source.num_rows,
+                context="generation",
+            )
+        monitor = Monitor(
+            config=config, num_rows=source.num_rows, before=finished, earlier=earlier, folder=folder, tracker=tracker
+        )
+        if finished.num_rows < source.num_rows:
+            starter = ReplicaStarter(config, kwargs, folder, source.schema, session=monitor.session.number, on_gpu=on_gpu)
+            with monitor:
+                _work(config, source, finished, monitor, starter, folder)
+        return _finish(config, source, folder, tracker)
 
 
-def _record_counters(tracker: NullTracker, stats_dir: str) -> dict[str, float]:
-    from ops.stats import read_counters, summarize
+def _finish(config: GenerateConfig, source: Source, folder: RunFolder, tracker: NullTracker) -> dict[str, float]:
+    """Check that every row is there once, put them in order if asked, and work out the figures."""
+    finished = folder.scan()
+    if finished.num_rows != source.num_rows:
+        raise ConfigError(
+            f"{source.num_rows - finished.num_rows} of {source.num_rows} rows are not finished: run the same command again"
+        )
+    if finished.num_duplicates:
+        _log.warning("%d rows had been answered twice; one answer of each is kept", finished.num_duplicates)
+    if config.preserve_order:
+        _put_in_order(source, folder)
+    scores, errors, sums = [], [], {"prompt_tokens": 0}
+    for table in folder.read_all(folder.parts()):
+        scores.append(score(table, reference_column=config.reference_column, task_column=config.task_column))
+        errors.append(table.filter(pc.is_valid(table["error"])))
+        sums["prompt_tokens"] += pc.sum(table["num_prompt_tokens"]).as_py() or 0
+    folder.storage.put("errors.parquet", to_parquet(pa.concat_tables(errors)))
+    sessions = read_sessions(folder)
+    all_scores = pa.concat_tables(scores)
+    metrics = {
+        "num_rows": finished.num_rows,
+        "num_errors": finished.num_errors,
+        **sums,
+        "generated_tokens": finished.generated_tokens,
+        "mean_generated_tokens": finished.generated_tokens / max(1, finished.num_rows - finished.num_errors),
+        **_speed(sessions),
+        **exact_match(all_scores),
+        **_counters(sessions, tracker),
+    }
+    tracker.log_metrics(metrics)
+    with tempfile.TemporaryDirectory(prefix="sere-") as scratch:
+        file = Path(scratch) / "scores.parquet"
+        file.write_bytes(to_parquet(all_scores))
+        tracker.log_file(file)
+    folder.storage.put_json("summary.json", metrics)
+    tracker.log_values(metrics, "summary.json")
+    write_manifest(folder, {"metrics": metrics})
+    return metrics
 
-    layers = read_counters(stats_dir)
+
+def _speed(sessions: list[Session]) -> dict[str, float]:
+    """Over all sessions; a row that was done again counts as often as it was done."""
+    seconds = sum(session.generation_s for session in sessions)
+    tokens = sum(session.generated_tokens for session in sessions)
+    return {
+        "elapsed_s": sum(session.elapsed_s for session in sessions),
+        "startup_s": sum(session.startup_s for session in sessions),
+        "generation_s": seconds,
+        "num_sessions": len(sessions),
+        "num_replaced_replicas": sum(session.num_replaced for session in sessions),
+        **({"tokens_per_s": tokens / seconds} if seconds > 0 else {}),
+    }
+
+
+def _counters(sessions: list[Session], tracker: NullTracker) -> dict[str, float]:
+    """Record what re-routing did per layer, and return it over all layers."""
+    from ops.stats import LayerCounts, summarize
+
+    numbers = sorted({int(layer) for session in sessions for layer in session.counters})
+    layers = []
+    for number in numbers:
+        counts: dict[str, int] = {}
+        for session in sessions:
+            for name, count in session.counters.get(str(number), {}).items():
+                counts[name] = counts.get(name, 0) + count
+        layers.append(LayerCounts(number, counts))
     for layer in layers:
         values = {f"layer/{name}": layer.per_step(name) for name in ("active_experts_before", "active_experts_after")}
         values |= {f"layer/{name}": layer.counts[name] for name in ("rerouted_slots", "critical_slots")}
@@ -147,61 +290,27 @@ def _record_counters(tracker: NullTracker, stats_dir: str) -> dict[str, float]:
     return summarize(layers)
 
 
-def generate(config: GenerateConfig) -> dict[str, float]:
-    """Run the job.
+def _put_in_order(source: Source, folder: RunFolder) -> None:
+    """Write the parts anew in the input's order. Killed in between, both are there, and the next scan sorts that out."""
+    import ray.data
+    from pyarrow.fs import FSSpecHandler, PyFileSystem
 
-    Returns:
-        The metrics that were recorded: rows, tokens, `tokens_per_s`, `exact_match`, and the counters' summary.
+    before = folder.parts()
+    places = {file.name: number for number, file in enumerate(source.files)}
+    filesystem = PyFileSystem(FSSpecHandler(folder.storage.filesystem))
+    rows = ray.data.read_parquet([folder.storage.locate(name) for name in before], filesystem=filesystem)
+    rows = rows.map_batches(functools.partial(_add_place, places=places), batch_format="pyarrow").sort([_PLACE, "source_row"])
+    token = f"{time.time_ns():x}"
+    tables = rows.iter_batches(batch_size=_ORDERED_ROWS, batch_format="pyarrow")
+    for number, table in enumerate(tables):
+        folder.write_part(f"ordered-{token}-{number:06d}", table.drop_columns([_PLACE]))
+    for name in before:
+        folder.storage.remove(name)
 
-    Raises:
-        ConfigError, SimilarityError: if the model, the data or a setting cannot be used; nothing is written.
-        RuntimeError: if the engines failed.
-    """
-    import ray
 
-    from ops.digest import files_digest, model_digest
+_PLACE = "sere_file"
 
-    folder = ResultFolder(config.output)
-    _, files = find_files(config.data)
-    facts = read_model_facts(config)
-    with tempfile.TemporaryDirectory(prefix="sere-") as scratch:
-        reroute = config.reroute
-        if reroute is not None:
-            stats_dir = reroute.stats_dir or str(Path(scratch) / "stats")
-            if any(Path(stats_dir).glob("*")):
-                # Its counters would be added to this run's.
-                raise ConfigError(f"stats_dir {stats_dir} holds an earlier run's counters: name a new or empty folder")
-            changes: dict[str, Any] = {"stats_dir": stats_dir}
-            if reroute.policy == "sere":
-                local = resolve_artifact(reroute.similarity, tracking_uri=config.tracking.uri, folder=Path(scratch))
-                changes["similarity"] = str(local.absolute())
-            reroute = dataclasses.replace(reroute, **changes)
-            check_reroute(reroute, config.model, facts)
-        on_gpu = find_gpus(config)
-        context = ray.data.DataContext.get_current()
-        # Our own progress shows rows and tokens; Ray Data's shows operators.
-        context.enable_progress_bars = False
-        # It also logs every failure with several tracebacks, before the exception that is handled here.
-        logging.getLogger("ray.data").setLevel(logging.CRITICAL)
-        context.execution_options.preserve_order = True
-        dataset = read_dataset(config)
-        num_rows = check_dataset(dataset, config)
-        name = "unmodified" if reroute is None else reroute.policy
-        with track(config.tracking, kind="generate", default_name=name) as tracker:
-            tracker.log_config(config)
-            tracker.log_params({"model_digest": model_digest(config.model)})
-            tracker.log_dataset(source=config.data, digest=files_digest(files), num_rows=num_rows, context="generation")
-            results = build_pipeline(dataset, config, facts, reroute, on_gpu=on_gpu)
-            try:
-                metrics = _consume(results, config, tracker, folder, num_rows)
-            except BaseException as error:
-                # Also when interrupted: nothing half-written stays.
-                folder.discard()
-                refusal = _refusal(reroute.stats_dir) if reroute is not None else None
-                if refusal is not None:
-                    raise refusal from error
-                raise
-            if reroute is not None:
-                metrics |= _record_counters(tracker, reroute.stats_dir)
-            tracker.log_metrics(metrics)
-    return metrics
+
+def _add_place(table: pa.Table, *, places: dict[str, int]) -> pa.Table:
+    numbers = [places[name] for name in table["source_file"].to_pylist()]
+    return table.append_column(_PLACE, pa.array(numbers, pa.int64()))

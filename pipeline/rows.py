@@ -1,23 +1,10 @@
-"""Row logic of generation: input rows to requests, engine outputs to result rows. Plain functions, no cluster needed.
+"""Answers as result rows: the input's columns, then `RESULT_SCHEMA`, one schema for good and bad rows."""
 
-Input columns travel through the engine stage inside one struct column, because ray.data.llm gives some names a meaning of
-its own (a column `model` would be taken for a LoRA adapter).
-"""
-
-import math
-from collections.abc import Callable, Collection
-from dataclasses import asdict
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.compute as pc
-
-from conf.schema import SamplingConfig
-
-# The column in which ray.data.llm notes a failed row; rows that carry it pass the engine by.
-ENGINE_ERROR = "__inference_error__"
-_ROW = "sere_row"
-_STARTED, _FINISHED = "sere_started", "sere_finished"
 
 RESULT_SCHEMA = pa.schema(
     [
@@ -26,96 +13,70 @@ RESULT_SCHEMA = pa.schema(
         ("num_generated_tokens", pa.int64()),
         ("finish_reason", pa.string()),
         ("error", pa.string()),
+        ("source_file", pa.string()),
+        ("source_row", pa.int64()),
     ]
 )
-TIMING_SCHEMA = pa.schema([(_STARTED, pa.float64()), (_FINISHED, pa.float64())])
+_MAX_ERROR = 500
 
 
-def pack(table: pa.Table, *, prompt_column: str) -> pa.Table:
-    """Input columns into one struct column; beside it the prompt, and why the engine cannot take it ("" if it can)."""
-    prompts = table[prompt_column].cast(pa.string())
-    problem = pc.if_else(
-        pc.is_null(prompts),
-        f"{prompt_column} is null",
-        pc.if_else(pc.equal(pc.fill_null(prompts, ""), ""), f"{prompt_column} is empty", ""),
-    )
-    row = pa.StructArray.from_arrays([column.combine_chunks() for column in table.columns], fields=list(table.schema))
-    return pa.table({_ROW: row, "prompt": prompts, ENGINE_ERROR: problem})
+@dataclass(frozen=True)
+class Answer:
+    """What became of a row. With an error all else is None."""
+
+    generated_text: str | None = None
+    num_prompt_tokens: int | None = None
+    num_generated_tokens: int | None = None
+    finish_reason: str | None = None
+    error: str | None = None
 
 
-def make_preprocess(sampling: SamplingConfig) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """The function that adds sampling parameters to a packed row."""
-    parameters = asdict(sampling)
-
-    def preprocess(row: dict[str, Any]) -> dict[str, Any]:
-        return {"sampling_params": dict(parameters)}
-
-    return preprocess
+def result_schema(input_schema: pa.Schema, id_column: str) -> pa.Schema:
+    """The columns of a result; the id comes first where the input has none."""
+    made = [] if id_column in input_schema.names else [pa.field(id_column, pa.string())]
+    return pa.schema([*made, *input_schema, *RESULT_SCHEMA])
 
 
-def finish_reason(
-    generated_ids: Collection[int],
-    *,
-    num_prompt_tokens: int,
-    max_tokens: int,
-    max_model_len: int,
-    stop_ids: Collection[int],
-) -> str:
-    """vLLM's finish reason, which ray.data.llm does not pass on: stop if the last token ends the text, else length."""
-    at_limit = len(generated_ids) >= max_tokens or num_prompt_tokens + len(generated_ids) >= max_model_len
-    ended = len(generated_ids) > 0 and list(generated_ids)[-1] in stop_ids
-    return "stop" if ended or not at_limit else "length"
+def with_ids(table: pa.Table, id_column: str) -> pa.Table:
+    """Fill missing ids with FILE#ROW. A null in a column of numbers stays null: there is no number to put there."""
+    made = pc.binary_join_element_wise(table["source_file"], pc.cast(table["source_row"], pa.string()), "#")
+    if id_column not in table.column_names:
+        return table.add_column(0, id_column, made)
+    index = table.column_names.index(id_column)
+    ids = table[id_column]
+    if ids.null_count and (pa.types.is_string(ids.type) or pa.types.is_large_string(ids.type)):
+        return table.set_column(index, table.schema.field(index), pc.coalesce(ids, made.cast(ids.type)))
+    return table
 
 
-def make_postprocess(
-    *, max_tokens: int, max_model_len: int, stop_ids: Collection[int]
-) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """The function that takes from an engine output what the result needs."""
+def answer_table(
+    rows: Sequence[tuple[int, int, Answer]], tables: Mapping[int, pa.Table], input_schema: pa.Schema, id_column: str
+) -> pa.Table:
+    """Result rows in the order of `rows`.
 
-    def postprocess(row: dict[str, Any]) -> dict[str, Any]:
-        generated_ids = list(row["generated_tokens"])
-        metrics = row.get("metrics") or {}
-        started = metrics.get("arrival_time", math.nan)
-        # Wall-clock arrival plus the engine's own, monotonic, time from queueing to the last token.
-        finished = started + metrics.get("last_token_ts", math.nan) - metrics.get("queued_ts", math.nan)
-        return {
-            _ROW: row[_ROW],
-            "generated_text": row["generated_text"],
-            "num_prompt_tokens": row["num_input_tokens"],
-            "num_generated_tokens": len(generated_ids),
-            "finish_reason": finish_reason(
-                generated_ids,
-                num_prompt_tokens=row["num_input_tokens"],
-                max_tokens=max_tokens,
-                max_model_len=max_model_len,
-                stop_ids=stop_ids,
-            ),
-            _STARTED: started,
-            _FINISHED: finished,
-        }
-
-    return postprocess
+    Args:
+        rows: Number of a table, row in it, and the answer.
+        tables: By number, with the input's columns, `source_file` and `source_row`.
+        input_schema: The input's columns.
+        id_column: See `with_ids`.
+    """
+    wanted = [*input_schema.names, "source_file", "source_row"]
+    numbers = sorted({number for number, _, _ in rows})
+    starts, start = {}, 0
+    for number in numbers:
+        starts[number] = start
+        start += len(tables[number])
+    joined = pa.concat_tables([tables[number].select(wanted) for number in numbers])
+    inputs = with_ids(joined.take(pa.array([starts[number] + index for number, index, _ in rows])), id_column)
+    answers = [answer for _, _, answer in rows]
+    columns = {name: inputs[name] for name in inputs.column_names}
+    for name in ("generated_text", "num_prompt_tokens", "num_generated_tokens", "finish_reason"):
+        columns[name] = pa.array([getattr(answer, name) for answer in answers], RESULT_SCHEMA.field(name).type)
+    columns["error"] = pa.array([_short(answer.error) for answer in answers], pa.string())
+    schema = result_schema(input_schema, id_column)
+    return pa.table([columns[name] for name in schema.names], schema=schema)
 
 
 def _short(message: str | None) -> str | None:
-    """One line of an engine's error; None where there was none."""
-    text = " ".join((message or "").split())
-    return text[:500] or None
-
-
-def unpack(table: pa.Table, *, input_schema: pa.Schema) -> pa.Table:
-    """Result rows in one schema, good and bad ones alike: the input's columns, `RESULT_SCHEMA`, then `TIMING_SCHEMA`."""
-    rows = table[_ROW].to_pylist()
-    columns = {field.name: pa.array([row[field.name] for row in rows], field.type) for field in input_schema}
-    errors = [_short(error) for error in table[ENGINE_ERROR].to_pylist()] if ENGINE_ERROR in table.column_names else []
-    errors = errors or [None] * len(rows)
-    failed = pa.array([error is not None for error in errors])
-    for field in [*RESULT_SCHEMA, *TIMING_SCHEMA]:
-        if field.name == "error":
-            columns["error"] = pa.array(errors, pa.string())
-        elif field.name in table.column_names:
-            values = table[field.name].combine_chunks().cast(field.type)
-            columns[field.name] = pc.if_else(failed, pa.scalar(None, field.type), values)
-        else:
-            columns[field.name] = pa.nulls(len(rows), field.type)
-    return pa.table(columns, schema=pa.schema([*input_schema, *RESULT_SCHEMA, *TIMING_SCHEMA]))
+    """One line; None stays None."""
+    return None if message is None else (" ".join(message.split())[:_MAX_ERROR] or "unknown error")

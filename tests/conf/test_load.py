@@ -23,7 +23,7 @@ def test_precedence(minimal):
     config = load_config(GenerateConfig, minimal, ["engine.max_num_seqs=4", "reroute.threshold=0.25"])
     assert config.engine.max_num_seqs == 4
     assert load_config(GenerateConfig, minimal).engine.max_num_seqs == 8
-    assert config.engine.replicas == 1
+    assert config.engine.num_replicas == 1
     assert config.reroute == RerouteConfig(similarity="x", threshold=0.25)
 
 

@@ -111,7 +111,7 @@ def fake_config(fast_prefill=False, **parallel):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(data_parallel_size=2), "data_parallel_size=2.*engine.replicas"),
+        (dict(data_parallel_size=2), "data_parallel_size=2.*engine.num_replicas"),
         (dict(use_sequence_parallel_moe=True), "sequence-parallel MoE"),
         (dict(prefill_context_parallel_size=2), "prefill_context_parallel_size to 1"),
         (dict(enable_dbo=True), "enable_dbo to false"),

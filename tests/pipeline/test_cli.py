@@ -58,7 +58,7 @@ def test_settings(generate):
     refused(generate("reroute.threshold=1.5"), "threshold must be between 0 and 1, got 1.5")
     refused(generate("reroute.treshold=0.5"), "unknown key 'reroute.treshold'", "did you mean 'threshold'")
     refused(generate("reroute.metric=cka"), "no metric 'cka'")
-    refused(generate("engine.replicas=0"), "replicas must be at least 1")
+    refused(generate("engine.num_replicas=0"), "num_replicas must be at least 1")
 
 
 def test_stats_folder_of_an_earlier_run(generate, tmp_path):
@@ -126,7 +126,7 @@ def test_datasets(generate, tmp_path):
 
 def test_replicas_that_do_not_fit(generate):
     # Ray runs by now, started for one replica.
-    refused(generate("engine.replicas=500"), "500 replicas need 500 cores", "lower engine.replicas")
+    refused(generate("engine.num_replicas=500"), "500 replicas need 500 cores", "lower engine.num_replicas")
 
 
 def test_output_that_exists(run, tmp_path):

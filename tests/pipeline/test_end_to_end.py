@@ -106,7 +106,7 @@ def test_looking_at_versions(calibrated, folder):
 
 
 def test_generation_and_comparison(calibrated, rows, folder):
-    settings = ["reroute.primary_top_k=2", f"reroute.stats_dir={folder}/stats", "engine.replicas=2", "batch_size=16"]
+    settings = ["reroute.primary_top_k=2", f"reroute.stats_dir={folder}/stats", "engine.num_replicas=2", "batch_size=16"]
     result = generate(folder, "sere", *settings)
     assert [row["id"] for row in result.to_pylist()] == [row["id"] for row in rows], "every row, in order"
     for expected, row in zip(rows, result.to_pylist(), strict=True):
