@@ -110,6 +110,7 @@ class Dispatcher:
                 self._add()
             polled = time.monotonic()
             while True:
+                ahead.check()
                 self._hand_out(ahead)
                 if ahead.is_finished and not self._again and not any(handle.running for handle in self.replicas.values()):
                     unwritten = [handle for handle in self.replicas.values() if handle.batches]
@@ -124,12 +125,11 @@ class Dispatcher:
 
     def _hand_out(self, ahead: "_ReadAhead") -> None:
         while True:
-            most = 1 if self._again and self._again[0].alone else self._concurrent_batches
-            free = [
-                handle
-                for handle in self.replicas.values()
-                if len(handle.running) < most and not any(handle.batches[number].alone for number in handle.running)
-            ]
+            alone = bool(self._again) and self._again[0].alone
+            if alone:
+                # What a replica has answered is written before it is given a row that may kill it.
+                self._poll([h for h in self.replicas.values() if h.batches and not h.running], "flush")
+            free = [handle for handle in self.replicas.values() if self._can_take(handle, alone=alone)]
             if not free:
                 return
             batch = self._again.popleft() if self._again else ahead.take()
@@ -141,6 +141,11 @@ class Dispatcher:
             handle.batches[number] = batch
             handle.running.add(number)
             self._calls[handle.actor.generate.remote(number, batch.table)] = handle, number
+
+    def _can_take(self, handle: Handle, *, alone: bool) -> bool:
+        if alone:
+            return not handle.batches
+        return len(handle.running) < self._concurrent_batches and not any(handle.batches[n].alone for n in handle.running)
 
     def _wait(self) -> None:
         import ray
@@ -228,11 +233,12 @@ class Dispatcher:
         self._polls = {ref: polled for ref, polled in self._polls.items() if polled is not handle}
         written = self._keys_written(handle.name)
         num_left = 0
-        for batch in handle.batches.values():
+        for number, batch in handle.batches.items():
             keys = zip(*(batch.table[column].to_pylist() for column in KEY), strict=True)
             left = batch.table.filter(pa.array([key not in written for key in keys], pa.bool_()))
             num_left += len(left)
-            self._try_again(left, batch.num_tries + 1, why)
+            # A batch that was answered, and only not written, did not kill anything.
+            self._try_again(left, batch.num_tries + (number in handle.running), why)
         _log.warning("replica %s on %s died (%s); %d of its rows are tried again", handle.name, handle.node, why, num_left)
         handle.batches, handle.running = {}, set()
         self._deaths_in_vain += 1
@@ -281,6 +287,7 @@ class _ReadAhead:
         self._batches = batches
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._read, daemon=True)
+        self._error: BaseException | None = None
         self.is_finished = False
         """Every batch was taken."""
 
@@ -299,7 +306,7 @@ class _ReadAhead:
                     return
             self._put(self._END)
         except BaseException as error:
-            self._put(error)
+            self._error = error
 
     def _put(self, item: Any) -> None:
         while not self._stop.is_set():
@@ -320,9 +327,12 @@ class _ReadAhead:
         if item is self._END:
             self.is_finished = True
             return None
-        if isinstance(item, BaseException):
-            raise item
         return Batch(item)
+
+    def check(self) -> None:
+        """Raise what reading raised, at once: engines may take minutes to start."""
+        if self._error is not None:
+            raise self._error
 
 
 def reason(error: Exception) -> str:

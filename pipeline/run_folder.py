@@ -122,24 +122,23 @@ class RunFolder:
     def _claim(self) -> None:
         before = self.storage.get_json("job.json")
         if self._overwrite and before is not None:
+            # The manifest first: without it nothing counts as finished. job.json last: until then it is known whose it is.
             for name in (
                 "manifest.json",
-                "job.json",
                 RESULTS,
-                "run.json",
                 "sessions",
+                "run.json",
                 "errors.parquet",
                 "summary.json",
                 "logs",
+                "job.json",
             ):
                 self.storage.remove(name)
             before = None
         if before is None:
             # Never mix with files of somebody else.
             if self.storage.sizes(RESULTS):
-                raise ConfigError(
-                    f"{self.storage.shown} has results and no job.json: it is no run directory, choose another output"
-                )
+                raise ConfigError(f"{self.storage.shown} has results of something else (no job.json): choose another output")
             self.storage.put_json("job.json", self._settings)
         elif before != self._settings:
             raise ConfigError(

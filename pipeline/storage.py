@@ -102,7 +102,7 @@ class Storage:
         place = self.locate(folder)
         self._filesystem.invalidate_cache(place)
         try:
-            found = self._filesystem.ls(place, detail=True, refresh=True) if not self.is_local else self._filesystem.ls(place)
+            found = self._filesystem.ls(place, detail=True)
         except FileNotFoundError:
             return {}
         names = {entry["name"].rsplit("/", 1)[-1]: entry["size"] for entry in found if entry["type"] == "file"}

@@ -19,8 +19,8 @@ def summary_lines(summary: "Summary") -> list[str]:
         lines.append(f"  errors: {output}/errors.parquet")
     if "tokens_per_s" in metrics:
         lines.append(
-            f"  {metrics['generated_tokens']:.0f} tokens in {metrics['generation_s']:.0f} s, {metrics['tokens_per_s']:.0f} tokens/s "
-            f"(and {metrics['startup_s']:.0f} s to start engines)"
+            f"  {metrics['generated_tokens']:.0f} tokens in {metrics['generation_s']:.0f} s, "
+            f"{metrics['tokens_per_s']:.0f} tokens/s (and {metrics['startup_s']:.0f} s to start engines)"
         )
     if metrics["num_sessions"] > 1 or metrics["num_replaced_replicas"]:
         lines.append(
