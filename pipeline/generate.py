@@ -65,10 +65,10 @@ def describe_input(config: GenerateConfig) -> Source:
     listing = find_sources(config)
     describe = ray.remote(num_cpus=0.5)(describe_file)
     try:
-        files = ray.get([describe.remote(listing, index, config) for index in range(len(listing.files))])
+        files = ray.get([describe.remote(listing, index) for index in range(len(listing.files))])
     except ray.exceptions.RayTaskError as error:
         raise error.cause if isinstance(error.cause, ConfigError) else error.as_instanceof_cause() from None
-    return unify(listing, files, config)
+    return unify(listing, files)
 
 
 def _read(batch: dict[str, Any], *, source: Any, rows_per_table: int) -> Iterator[pa.Table]:
