@@ -157,8 +157,9 @@ def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 def _quiet() -> None:
     # Git is looked up for a tag of the run; a missing one is no reason for a warning.
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
-    # Otherwise every new SQLite file announces its tables.
-    logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
+    # Otherwise every new SQLite file announces its tables, and system metrics say that they begin and end.
+    for name in ("mlflow.store.db.utils", "mlflow.system_metrics.system_metrics_monitor"):
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def use_store(uri: str) -> None:

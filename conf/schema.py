@@ -375,7 +375,8 @@ class GenerateConfig:
     preserve_order: bool = False
     """Write the results in the input's order, at the end; the order of finishing otherwise."""
     checkpoint_rows: int = 256
-    """Rows a replica finishes before it writes them: at most so many per replica are done again after a driver's death."""
+    """At most so many finished rows of a replica are done again after a driver's death: it writes them when they are half as
+    many."""
     checkpoint_interval_s: float = 60
     """Finished rows wait no longer than this to be written."""
     max_retries: int = 3

@@ -65,8 +65,9 @@ def engine_kwargs(config: GenerateConfig, reroute: RerouteConfig | None, *, on_g
         "enforce_eager": engine.enforce_eager,
         "trust_remote_code": engine.trust_remote_code,
     }
-    if _num_devices(config) > 1:
-        arguments["distributed_executor_backend"] = "mp" if engine.executor == "auto" else engine.executor
+    several = "mp" if engine.executor == "auto" else engine.executor
+    # One device needs no worker process beside the engine's.
+    arguments["distributed_executor_backend"] = several if _num_devices(config) > 1 else "uni"
     if engine.max_model_len is not None:
         arguments["max_model_len"] = engine.max_model_len
     if engine.lora_adapters:

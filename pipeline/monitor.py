@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from pipeline.dispatch import Dispatcher, Handle
 
 _RECORD_S = 10.0
+# Between lines of progress where the output is a file.
+_LINE_S = 30.0
 # Fewer rows than this say little about how many fail.
 _LEAST_ROWS_JUDGED = 100
 
@@ -46,6 +48,7 @@ class Monitor:
         self.session = Session(number=1 + max((session.number for session in earlier), default=0))
         self._offset_s = sum(session.elapsed_s for session in earlier)
         self._started = self._recorded = time.monotonic()
+        self._printed = 0.0
         self._last: dict[str, Any] = {}
         self._progress = Progress(
             TextColumn("{task.description}"),
@@ -57,7 +60,8 @@ class Monitor:
         self._task = self._progress.add_task("Starting engines", total=num_rows, completed=before.num_rows, figures="")
 
     def __enter__(self) -> "Monitor":
-        self._progress.start()
+        if self._progress.console.is_terminal:
+            self._progress.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -108,6 +112,12 @@ class Monitor:
             figures.append(f"{session.num_replaced} replaced")
         description = "Generating" if dispatcher.replicas else "Starting engines"
         self._progress.update(self._task, description=description, completed=done, figures=", ".join(figures))
+        console = self._progress.console
+        if not console.is_terminal and session.elapsed_s - self._printed > _LINE_S:
+            self._printed = session.elapsed_s
+            console.print(
+                f"{description}: {done} of {self._num_rows} rows, {', '.join(figures)}", soft_wrap=True, highlight=False
+            )
 
     def _record(self, handles: list["Handle"], num_errors: int) -> None:
         session = self.session

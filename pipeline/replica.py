@@ -1,7 +1,7 @@
 """A replica: one vLLM engine, the rows it works on, and the parts it writes. A plain class; the job makes it a Ray actor.
 
-It answers rows in whatever order they finish and writes them in parts of `checkpoint_rows`. What it has written is finished,
-whatever happens to it or to the driver.
+It answers rows in whatever order they finish and writes them in parts of half of `checkpoint_rows`. What it has written
+is finished, whatever happens to it or to the driver.
 """
 
 import asyncio
@@ -214,7 +214,8 @@ class Replica:
             if len(status.first_errors) < 3:
                 status.first_errors.append(answer.error)
         self._finished.append((number, index, answer))
-        if len(self._finished) >= self._spec.config.checkpoint_rows:
+        # At half of them: others finish while these are being written.
+        if len(self._finished) >= max(1, self._spec.config.checkpoint_rows // 2):
             await self.write()
 
     async def _answer(self, request: Request) -> Answer:
