@@ -211,10 +211,10 @@ def table(arguments: argparse.Namespace, trials: list[dict]) -> list[str]:
         environment(),
         "",
         "Two replicas of the bundled model on a Ray cluster of three nodes on one machine; strikes at random moments.",
-        "*changed*: the text is not that of the undisturbed run, which decoded in other batches: rounding. *left over*: engine processes",
-        "that outlived the job.",
+        "*changed*: the text is not that of the undisturbed run, which decoded in other batches: rounding. *left over*: engine",
+        "processes that outlived the job.",
         "",
-        "| killed | jobs | strikes | drivers restarted | replicas replaced | rows | lost | doubled | errors | changed | left over |",
+        "| killed | jobs | strikes | drivers again | replicas replaced | rows | lost | doubled | errors | changed | left over |",
         "|---" * 11 + "|",
     ]
     for kind in arguments.kinds:
