@@ -88,6 +88,9 @@ class Dispatcher:
         self._num_started = self._num_batches = self._failed_starts = self._deaths_in_vain = 0
         self.num_replaced = 0
         self.first_ready: float | None = None
+        """Monotonic time, as the next."""
+        self.finished: float | None = None
+        """When everything was answered and written."""
 
     @property
     def num_starting(self) -> int:
@@ -105,7 +108,7 @@ class Dispatcher:
         Raises:
             ConfigError: if replicas cannot start, or keep dying.
         """
-        with _ReadAhead(batches, size=2 * self._num_replicas) as ahead:
+        with _ReadAhead(batches, size=self._num_replicas * self._concurrent_batches) as ahead:
             for _ in range(self._num_replicas):
                 self._add()
             polled = time.monotonic()
@@ -115,6 +118,7 @@ class Dispatcher:
                 if ahead.is_finished and not self._again and not any(handle.running for handle in self.replicas.values()):
                     unwritten = [handle for handle in self.replicas.values() if handle.batches]
                     if not unwritten:
+                        self.finished = time.monotonic()
                         break
                     self._poll(unwritten, "flush")
                 self._wait()
@@ -154,9 +158,10 @@ class Dispatcher:
         if not refs:
             time.sleep(0.05)
             return
-        done, _ = ray.wait(refs, num_returns=len(refs), timeout=0.05)
-        if not done:
-            done, _ = ray.wait(refs, num_returns=1, timeout=0.5)
+        done, _ = ray.wait(refs, num_returns=1, timeout=0.5)
+        if done:
+            # And what else is there.
+            done, _ = ray.wait(refs, num_returns=len(refs), timeout=0)
         for ref in done:
             if ref in self._starting:
                 self._welcome(ref)
@@ -317,11 +322,11 @@ class _ReadAhead:
                 continue
 
     def take(self) -> Batch | None:
-        """The next batch, if one has been read."""
+        """The next batch, if one is read within a moment: a replica has room for it."""
         if self.is_finished:
             return None
         try:
-            item = self._queue.get_nowait()
+            item = self._queue.get(timeout=0.05)
         except queue.Empty:
             return None
         if item is self._END:

@@ -265,6 +265,7 @@ def _speed(sessions: list[Session]) -> dict[str, float]:
         "elapsed_s": sum(session.elapsed_s for session in sessions),
         "startup_s": sum(session.startup_s for session in sessions),
         "generation_s": seconds,
+        "working_s": sum(session.working_s for session in sessions),
         "num_sessions": len(sessions),
         "num_replaced_replicas": sum(session.num_replaced for session in sessions),
         **({"tokens_per_s": tokens / seconds} if seconds > 0 else {}),

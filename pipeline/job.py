@@ -85,6 +85,8 @@ class Session:
     elapsed_s: float = 0.0
     generation_s: float = 0.0
     """From the first request to the last answer."""
+    working_s: float = 0.0
+    """From the first replica that was ready until all that could be done was written."""
     startup_s: float = 0.0
     """Until the first replica was ready."""
     generated_tokens: int = 0

@@ -79,6 +79,7 @@ class Monitor:
         session.elapsed_s = now - self._started
         if dispatcher.first_ready is not None:
             session.startup_s = dispatcher.first_ready - self._started
+            session.working_s = (dispatcher.finished or now) - dispatcher.first_ready
         # A row that is answered twice because its replica died counts twice here, and once in the results.
         session.num_rows = sum(handle.status.num_rows for handle in handles)
         session.generated_tokens = sum(handle.status.generated_tokens for handle in handles)

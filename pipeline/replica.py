@@ -97,6 +97,7 @@ class Replica:
             self._start_engine()
         except Exception as error:
             raise ConfigError(self._why_not_started(error)) from error
+        await self._warm_up()
         asyncio.get_running_loop().create_task(self._write_in_time())
         return os.uname().nodename
 
@@ -115,8 +116,11 @@ class Replica:
     def _start_engine(self) -> None:
         # Before vLLM is imported. Its engine is a process of its own, as tests may have turned off.
         os.environ.update({"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_LOGGING_LEVEL": "INFO"})
+        # On CPUs vLLM would bind every replica to the same cores; Ray has given each a number of threads.
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         logging.getLogger("vllm").setLevel(logging.INFO)
         from vllm import AsyncEngineArgs
+        from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.async_llm import AsyncLLM
         from vllm.v1.metrics.loggers import StatLoggerBase
 
@@ -143,9 +147,21 @@ class Replica:
             arguments["additional_config"] = {**arguments["additional_config"], "sere": sere}
         # vLLM's own log of statistics every ten seconds says what status() does.
         engine_args = AsyncEngineArgs(**{"disable_log_stats": True, **arguments})
-        self._engine = AsyncLLM.from_engine_args(engine_args, stat_loggers=[Scheduler])
+        # The context picks defaults: those of offline work let a step read more prompt tokens.
+        self._engine = AsyncLLM.from_engine_args(engine_args, usage_context=UsageContext.LLM_CLASS, stat_loggers=[Scheduler])
         self._make_requests = RequestMaker(self._spec.config, apply_chat_template=self._apply_chat_template)
         self._adapters = self._lora_requests()
+
+    async def _warm_up(self) -> None:
+        """Answer a prompt once: what engines only do at their first request is part of the start, and so is its failing.
+
+        It makes one token, which takes no decode step: nothing is counted.
+        """
+        from vllm import SamplingParams, TokensPrompt
+
+        prompt = TokensPrompt(prompt_token_ids=[0])
+        async for _ in self._engine.generate(prompt, SamplingParams(max_tokens=1), "warm-up"):
+            pass
 
     def _fetch(self, name: str) -> Path:
         """A file of the run directory on this node's disk."""

@@ -23,7 +23,7 @@ def watch(pid: int) -> None:
             children = {child for child in children if child.is_running()} | set(parent.children(recursive=True))
         except psutil.NoSuchProcess:
             break
-        time.sleep(0.5)
+        time.sleep(2)
     for child in children - {own}:
         # `kill` refuses a process that has the same number and is not the same.
         try:

@@ -214,7 +214,7 @@ def table(arguments: argparse.Namespace, trials: list[dict]) -> list[str]:
         "*changed*: the text is not that of the undisturbed run, which decoded in other batches: rounding. *left over*: engine",
         "processes that outlived the job.",
         "",
-        "| killed | jobs | strikes | drivers again | replicas replaced | rows | lost | doubled | errors | changed | left over |",
+        "| killed | jobs | strikes | drivers again | replaced | rows | lost | doubled | errors | changed | left over |",
         "|---" * 11 + "|",
     ]
     for kind in arguments.kinds:
