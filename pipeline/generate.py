@@ -22,6 +22,7 @@ from conf.schema import ConfigError, GenerateConfig, RerouteConfig
 from pipeline.engines import ReplicaStarter, check_reroute, engine_kwargs, join_cluster, read_model_facts
 from pipeline.evaluate import exact_match, score
 from pipeline.job import (
+    SIMILARITY,
     Session,
     job_settings,
     read_manifest,
@@ -31,7 +32,6 @@ from pipeline.job import (
     write_manifest,
 )
 from pipeline.monitor import Monitor
-from pipeline.replica import SIMILARITY
 from pipeline.rows import Answer, answer_table
 from pipeline.run_folder import KEY, Finished, RunFolder, to_parquet
 from pipeline.sources import Source, describe_file, find_sources, read_file, unify
@@ -160,6 +160,14 @@ def _prepare_reroute(config: GenerateConfig, facts: Any, scratch: Path) -> tuple
     return reroute, read_similarity(reroute, path)
 
 
+def _check_stats_dir(reroute: RerouteConfig | None, storage: Storage) -> None:
+    if reroute is None or reroute.stats_dir is None or storage.get_json("job.json") is not None:
+        return
+    if any(Path(reroute.stats_dir).glob("*")):
+        # Its counters would be added to this run's.
+        raise ConfigError(f"stats_dir {reroute.stats_dir} holds an earlier run's counters: name a new or empty folder")
+
+
 def generate(config: GenerateConfig) -> Summary:
     """Run the job, or go on with it.
 
@@ -173,6 +181,7 @@ def generate(config: GenerateConfig) -> Summary:
     facts = read_model_facts(config)
     with tempfile.TemporaryDirectory(prefix="sere-") as scratch:
         reroute, artifact = _prepare_reroute(config, facts, Path(scratch))
+        _check_stats_dir(reroute, storage)
         on_gpu = join_cluster(config)
         source = describe_input(config)
         model = model_digest(config.model)

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from calibration_jobs.store import digest_of
 from conf.masking import mask_values
 from conf.schema import ConfigError, GenerateConfig, RerouteConfig
 from pipeline.run_folder import RESULTS, RunFolder
 
+SIMILARITY = "similarity.safetensors"
+"""The artifact, in the run directory: every node finds it there."""
 # What may change between a run and its continuation, as it does not change what a row's answer is made with.
 _FREE = (
     "output",
@@ -64,7 +65,8 @@ def job_settings(config: GenerateConfig, *, model_digest: str, fingerprints: dic
 
 
 def settings_digest(settings: dict[str, Any]) -> str:
-    return digest_of(settings)
+    """SHA-256 of JSON values, whatever their order."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 def read_similarity(reroute: RerouteConfig | None, path: Path | None) -> bytes:
@@ -72,7 +74,7 @@ def read_similarity(reroute: RerouteConfig | None, path: Path | None) -> bytes:
     if reroute is None or reroute.policy != "sere" or path is None:
         return b""
     try:
-        return path.read_bytes()
+        return (path / SIMILARITY if path.is_dir() else path).read_bytes()
     except OSError as error:
         raise ConfigError(f"artifact {path} cannot be read ({error.strerror}): give the path of one") from error
 

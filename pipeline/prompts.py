@@ -99,7 +99,7 @@ class RequestMaker:
     def _sampling_of(self, row: dict[str, Any]) -> dict[str, Any]:
         column = self._config.sampling_column
         values = _from_json(row[column], column) if column is not None else None
-        if isinstance(values, list):
+        if isinstance(values, list) and all(isinstance(pair, tuple) for pair in values):
             # A map of Arrow's.
             values = dict(values)
         if values is not None and not isinstance(values, dict):

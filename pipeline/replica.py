@@ -19,12 +19,11 @@ from typing import Any
 import pyarrow as pa
 
 from conf.schema import ConfigError, GenerateConfig
+from pipeline.job import SIMILARITY
 from pipeline.prompts import Request, RequestMaker
 from pipeline.rows import Answer, answer_table
 from pipeline.run_folder import RunFolder
 
-SIMILARITY = "similarity.safetensors"
-"""The artifact, in the run directory: every node finds it there."""
 _OUT_OF_MEMORY = ("out of memory", "OutOfMemoryError", "No available memory for the cache", "Free memory on device")
 
 
@@ -155,11 +154,12 @@ class Replica:
     async def _warm_up(self) -> None:
         """Answer a prompt once: what engines only do at their first request is part of the start, and so is its failing.
 
-        It makes one token, which takes no decode step: nothing is counted.
+        It makes one token, which takes no decode step, from several, as one alone would look like a decode step: nothing is
+        counted.
         """
         from vllm import SamplingParams, TokensPrompt
 
-        prompt = TokensPrompt(prompt_token_ids=[0])
+        prompt = TokensPrompt(prompt_token_ids=[0] * 8)
         async for _ in self._engine.generate(prompt, SamplingParams(max_tokens=1), "warm-up"):
             pass
 

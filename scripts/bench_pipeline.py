@@ -44,7 +44,7 @@ def run_bare(job: Path) -> None:
     started = time.perf_counter()
     llm = LLM(**settings["engine"])
     # As a replica does at its start.
-    llm.generate({"prompt_token_ids": [0]}, SamplingParams(max_tokens=1), use_tqdm=False)
+    llm.generate({"prompt_token_ids": [0] * 8}, SamplingParams(max_tokens=1), use_tqdm=False)
     ready = time.perf_counter()
     sampling = SamplingParams(temperature=0.0, max_tokens=settings["max_tokens"])
     outputs = llm.generate(prompts, sampling, use_tqdm=False)

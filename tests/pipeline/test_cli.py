@@ -112,16 +112,12 @@ def test_datasets(generate, tmp_path):
     refused(
         generate(data("a.parquet", pa.table({"id": pa.array([], pa.string()), "prompt": pa.array([], pa.string())}))), "no rows"
     )
-    refused(generate(data("b.jsonl", [good, {"id": "a", "prompt": "y"}])), "id 'a' occurs 2 times")
-    refused(generate(data("c.parquet", [good, {"id": None, "prompt": "y"}])), "row 1 of", "has no 'id'")
-    refused(generate(data("d.jsonl", [{"prompt": "x"}])), "no column 'id' (there: prompt): set id_column")
     refused(generate(data("e.parquet", [{"id": 1, "text": "x"}])), "no column 'prompt'", "set prompt_column")
     refused(generate(data("f.parquet", [{"id": 1, "prompt": 7}])), "column 'prompt'", "is int64, not text")
     refused(generate(data("g.parquet", [{**good, "error": "x"}])), "has a column 'error'", "rename it")
-    refused(generate(data("h.jsonl", '{"id": 1, "prompt": "x"}\n{broken')), "h.jsonl cannot be read")
     (tmp_path / "torn.parquet").write_text("PAR1x")
     refused(generate(f"data={tmp_path}/torn.parquet"), "torn.parquet cannot be read")
-    refused(generate(data("i.csv", "id,prompt\n")), "must be all parquet or all JSONL", ".csv")
+    refused(generate(data("i.doc", "x")), "files of several or unknown kinds (.doc)", "set data_format")
 
 
 def test_replicas_that_do_not_fit(generate):
@@ -129,8 +125,12 @@ def test_replicas_that_do_not_fit(generate):
     refused(generate("engine.num_replicas=500"), "500 replicas need 500 cores", "lower engine.num_replicas")
 
 
-def test_output_that_exists(run, tmp_path):
-    refused(run("generate", "conf/generate.yaml", f"output={tmp_path}"), f"output {tmp_path} already exists")
+def test_output_of_something_else(run, tmp_path, demo_artifact):
+    (tmp_path / "out" / "results").mkdir(parents=True)
+    (tmp_path / "out" / "results" / "mine.parquet").write_text("x")
+    settings = [f"output={tmp_path}/out", f"reroute.similarity={demo_artifact}"]
+    refused(run("generate", "conf/generate.yaml", *settings), "has results of something else")
+    refused(run("generate", "conf/generate.yaml", "output=nosuch://x/y", settings[1]), "nosuch://x/y cannot be opened")
 
 
 def test_usage(capsys):

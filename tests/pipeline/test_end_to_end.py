@@ -57,7 +57,7 @@ def rows(folder):
 def generate(folder, name, *overrides):
     settings = [f"data={folder}/data", f"output={folder}/{name}", f"tracking.uri=sqlite:///{folder}/ml.db"]
     sere("generate", "conf/generate.yaml", *settings, "tracking.experiment=e", f"tracking.run_name={name}", *overrides)
-    return pq.read_table(folder / name)
+    return pq.read_table(folder / name / "results")
 
 
 def runs(folder, experiment):
@@ -131,9 +131,11 @@ def test_generation_and_comparison(calibrated, rows, folder):
     # Counters add up over replicas: each token but the first of an answer was a decode row.
     from ops.stats import read_counters
 
-    assert len(list((folder / "stats").glob("*.json"))) == 2, "one file per replica"
+    counted = [layer for replica in (folder / "stats").iterdir() for layer in read_counters(replica)]
+    assert len(counted) == 2 * 4, "a file per replica, four layers"
     decoded = metrics["generated_tokens"] - (metrics["num_rows"] - metrics["num_errors"])
-    assert {layer.counts["decode_rows"] for layer in read_counters(folder / "stats")} == {decoded}
+    for number in range(4):
+        assert sum(layer.counts["decode_rows"] for layer in counted if layer.layer == number) == decoded
 
     table = sere("compare", "e", "--uri", f"sqlite:///{folder}/ml.db", "--output", str(folder / "out"))
     assert "unmodified" in table and "sere S=2, cosine rho=0" in table

@@ -37,10 +37,12 @@ def open_folder(uri, *, settings=None, digest="d", overwrite=False):
     return RunFolder(Storage(str(uri)), settings or {"a": 1}, digest=digest, overwrite=overwrite)
 
 
-@pytest.fixture(params=["local", "memory"])
+@pytest.fixture(params=["local", "memory", "s3"])
 def uri(request, tmp_path):
     if request.param == "local":
         return str(tmp_path / "run")
+    if request.param == "s3":
+        return f"{request.getfixturevalue('s3_bucket')}/{tmp_path.name}"
     import fsspec
 
     fsspec.filesystem("memory").store.clear()
