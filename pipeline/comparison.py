@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -113,7 +114,8 @@ def rows_of(runs: list[dict[str, Any]]) -> list[Row]:
     used = {run["params"].get("reroute.similarity") for run in runs if run["params"].get("reroute.policy") == "sere"}
     latest: dict[tuple[Any, ...], Row] = {}
     for run in runs:
-        params, metrics = run["params"], run["metrics"]
+        params = run["params"]
+        metrics = {name: value for name, value in run["metrics"].items() if math.isfinite(value)}
         label, policy = _label(params, with_similarity=len(used) > 1)
         group = _group(params, run["data_digest"])
         by_task = {k.removeprefix("exact_match/"): v for k, v in metrics.items() if k.startswith("exact_match/")}
@@ -129,12 +131,11 @@ def groups_of(rows: list[Row]) -> dict[str, list[Row]]:
     for row in rows:
         groups.setdefault(row.group, []).append(row)
     shared = set.intersection(*(set(group) for group in groups)) if groups else set()
-    return {
-        ", ".join(
-            f"{key.rpartition('.')[2]} {value or 'unknown'}" for key, value in group if (key, value) not in shared
-        ): members
-        for group, members in groups.items()
-    }
+
+    def name(group: tuple[tuple[str, str], ...]) -> str:
+        return ", ".join(f"{key.rpartition('.')[2]} {value or 'unknown'}" for key, value in group if (key, value) not in shared)
+
+    return {name(group): members for group, members in groups.items()}
 
 
 def baseline_of(row: Row, rows: list[Row]) -> Row | None:

@@ -34,10 +34,9 @@ def paired_loss(
     changed: "np.ndarray",
     *,
     num_resamples: int = _NUM_RESAMPLES,
-    confidence: float = 0.95,
     seed: int = 0,
 ) -> Loss:
-    """Loss with a percentile bootstrap interval over rows.
+    """Loss with a 95% percentile bootstrap interval over rows.
 
     Rows are drawn with replacement and without strata: tasks keep their shares only on average. A row's difference is -1, 0
     or 1, so a resample's mean depends only on how often each was drawn, which is multinomial; drawing these counts is the
@@ -48,7 +47,6 @@ def paired_loss(
         baseline: bool `[num_rows]`, hits of the unmodified model; at least one.
         changed: bool `[num_rows]`, hits of the configuration on the same rows.
         num_resamples: Bootstrap samples.
-        confidence: Coverage of the interval.
         seed: The interval is the same for the same hits and seed; exchanging the two arrays negates it.
     """
     import numpy as np
@@ -63,8 +61,7 @@ def paired_loss(
         means = -means
     elif worse == better:
         means = np.concatenate([means, -means])
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(means, [tail, 1 - tail])
+    low, high = np.quantile(means, [0.025, 0.975])
     return Loss((worse - better) / num_rows, float(low), float(high), num_rows)
 
 

@@ -82,10 +82,13 @@ def recommend(rows: list[Row], *, by: str, max_loss: float) -> Recommendation:
         reason = f"no other run has {metric}" if lossy else "no other run has a quality that can be compared with its own"
         return Recommendation(f"No recommendation beside the unmodified model: {reason}.", "none")
 
+    # 0.9 - 0.88 is above 0.02 in floating point.
+    limit = max_loss + 1e-9
+
     def rank(row: Row) -> tuple[float, float]:
         return sign * row.metrics[metric], row.loss.point
 
-    within = sorted((row for row in others if row.loss.point <= max_loss), key=rank)
+    within = sorted((row for row in others if row.loss.point <= limit), key=rank)
     superlative, comparative = ("fastest", "faster") if by == "speed" else ("one with the fewest active experts", "sparser")
     if not within:
         least = min(others, key=lambda row: row.loss.point)
@@ -103,14 +106,14 @@ def recommend(rows: list[Row], *, by: str, max_loss: float) -> Recommendation:
             baseline,
         )
     start = (
-        f"Recommended: {best.label}, the {superlative} ({_gain(best, baseline, by)}) with a quality loss within {max_loss:g}: it "
-        f"loses {describe_loss(best.loss)}"
+        f"Recommended: {best.label}, the {superlative} ({_gain(best, baseline, by)}) with a quality loss within {max_loss:g}: "
+        f"it loses {describe_loss(best.loss)}"
     )
     if best.loss.high is None:
         return Recommendation(f"{start}; how sure that is cannot be said without scores of rows.", "unknown", best)
-    if best.loss.high <= max_loss:
+    if best.loss.high <= limit:
         return Recommendation(f"{start}, safe: even the interval's upper end is within.", "safe", best)
-    safe = next((row for row in within if row.loss.high is not None and row.loss.high <= max_loss), None)
+    safe = next((row for row in within if row.loss.high is not None and row.loss.high <= limit), None)
     better = safe is not None and (metric not in baseline.metrics or rank(safe)[0] < sign * baseline.metrics[metric])
     also = f"; safe would be {safe.label} ({_gain(safe, baseline, by)})" if better else ""
     return Recommendation(f"{start}, likely: only the point estimate is within, not the upper end{also}.", "likely", best)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from calibration_jobs.tracking import download_file, read_runs
 from conf.schema import ConfigError
 from pipeline.comparison import Row, difference, groups_of, rows_of
+from pipeline.html import write_report
 from pipeline.losses import SCORES_FILE, Loss, loss_of, read_scores
 from pipeline.pareto import OBJECTIVES, Recommendation, recommend, with_fronts
 from pipeline.tables import make_figure, make_table, make_task_table, write_csv
@@ -53,21 +54,21 @@ def with_losses(rows: list[Row], *, uri: str, notes: list[str]) -> list[Row]:
     return found
 
 
-def analyse(rows: list[Row], *, uri: str, max_loss: float, by: str) -> tuple[list[Row], dict[str, Recommendation], list[str]]:
+def analyse(
+    rows: list[Row], *, uri: str, max_loss: float, by: str
+) -> tuple[dict[str, tuple[list[Row], Recommendation]], list[str]]:
     """Losses, fronts and a recommendation within each group of comparable rows.
 
     Returns:
-        The rows, group by group; the recommendation by the group's name; and notes on what could not be read.
+        The rows and the recommendation by the group's name; and notes on what could not be read.
     """
-    found: dict[str, Row] = {}
-    recommendations: dict[str, Recommendation] = {}
+    groups: dict[str, tuple[list[Row], Recommendation]] = {}
     notes: list[str] = []
     for name, members in groups_of(rows).items():
         members = with_fronts(with_losses(members, uri=uri, notes=notes))
         choice = recommend(members, by=by, max_loss=max_loss)
-        recommendations[name] = choice
-        found |= {row.run_id: dataclasses.replace(row, recommended=row is choice.row) for row in members}
-    return [found[row.run_id] for row in rows], recommendations, notes
+        groups[name] = [dataclasses.replace(row, recommended=row is choice.row) for row in members], choice
+    return groups, notes
 
 
 def compare(
@@ -95,12 +96,14 @@ def compare(
         raise ConfigError(f"experiment {experiment!r} has no finished run of `sere generate` yet")
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
-    rows, recommendations, notes = analyse(rows, uri=uri, max_loss=max_loss, by=by)
+    groups, notes = analyse(rows, uri=uri, max_loss=max_loss, by=by)
+    found = {row.run_id: row for members, _ in groups.values() for row in members}
+    rows = [found[row.run_id] for row in rows]
     console.print(make_table(rows, experiment))
     tasks = make_task_table(rows)
     if tasks is not None:
         console.print(tasks)
-    for name, choice in recommendations.items():
+    for name, (_, choice) in groups.items():
         console.print(f"{name}: {choice.text}" if name else choice.text, soft_wrap=True, highlight=False, markup=False)
     write_csv(rows, folder / "compare.csv")
     written = [str(folder / "compare.csv")]
@@ -108,6 +111,9 @@ def compare(
     if figure is not None:
         figure.savefig(folder / "compare.png", dpi=150)
         written.append(str(folder / "compare.png"))
+    page = folder / "report.html"
+    write_report(page, groups, experiment=experiment, uri=uri, max_loss=max_loss, notes=notes)
+    written.append(str(page))
     for note in notes:
         console.print(f"Note: {note}", soft_wrap=True, highlight=False, markup=False)
     console.print(f"Wrote {', '.join(written)}", soft_wrap=True, highlight=False, markup=False)
