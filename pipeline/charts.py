@@ -1,5 +1,6 @@
 """Charts as inline SVG, coloured by the page's style sheet: they follow light and dark, and load nothing."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from markupsafe import Markup
 
+_Place = tuple[float, float]
 _WIDTH, _HEIGHT = 460, 330
 _SHAPES = {
     "none": "M0-7.5L7.5 0L0 7.5L-7.5 0Z",
@@ -16,7 +18,7 @@ _SHAPES = {
     "top_k": "M0-6.5L6.8 5.5H-6.8Z",
 }
 # Where a point's number goes: the first place that is free, near ones first.
-_PLACES = [(math.cos(a) * r, math.sin(a) * r) for r in (15, 25, 36) for a in (-0.8, 0.8, 2.4, -2.4, 0, -1.57, 3.14, 1.57)]
+_PLACES = [(math.cos(a) * r, math.sin(a) * r) for r in (18, 27, 38) for a in (-0.8, 0.8, 2.4, -2.4, 0, -1.57, 3.14, 1.57)]
 
 
 @dataclass(frozen=True)
@@ -108,26 +110,41 @@ def scatter(points: Sequence[Point], *, x_label: str, y_label: str) -> "Markup":
 
     frame = _Frame(_around([p.x for p in points]), _around([p.y for p in points]), _WIDTH, _HEIGHT)
     parts = [frame.draw(x_label, y_label, x_count=6, y_count=5)]
-    front = sorted((p.x, p.y) for p in points if p.on_front)
-    parts.append(
-        f'<path class="front" d="M{"L".join("{:.1f} {:.1f}".format(*frame.at(*p)) for p in front)}"/>' if front else ""
-    )
+    front = [frame.at(*place) for place in sorted((p.x, p.y) for p in points if p.on_front)]
+    if front:
+        parts.append(f'<path class="front" d="M{_path(front)}"/>')
     places = [frame.at(p.x, p.y) for p in points]
-    taken = list(places)
     for p, (x, y) in zip(points, places, strict=True):
         ring = '<circle class="ring" r="11"/>' if p.recommended else ""
         title = escape(f"{p.number}. {p.label}: {p.y:.4g} at {p.x:.4g}")
         parts.append(f'<g transform="translate({x:.1f} {y:.1f})"><title>{title}</title>{ring}{_mark(p.policy, p.on_front)}</g>')
-    for p, (x, y) in zip(points, places, strict=True):
-        wanted = [(x + dx, y + dy) for dx, dy in _PLACES]
-        inside = [w for w in wanted if frame.left < w[0] - 8 and w[0] + 8 < frame.right and frame.top < w[1] < frame.bottom]
-        free = [w for w in inside if all(math.dist(w, other) > 13 for other in taken)]
-        place = (free or inside or wanted)[0]
-        taken.append(place)
-        if math.dist(place, (x, y)) > 20:
-            parts.append(f'<path class="leader" d="M{x:.1f} {y:.1f}L{place[0]:.1f} {place[1]:.1f}"/>')
+    for p, at, place in zip(points, places, _free_places(places, front, frame), strict=True):
+        if math.dist(place, at) > 20:
+            parts.append(f'<path class="leader" d="M{_path([at, place])}"/>')
         parts.append(f'<text class="number" x="{place[0]:.1f}" y="{place[1] + 4:.1f}" text-anchor="middle">{p.number}</text>')
     return _svg(_WIDTH, _HEIGHT, f"{y_label} against {x_label}", Markup("".join(parts)))
+
+
+def _path(places: Sequence[tuple[float, float]]) -> str:
+    return "L".join(f"{x:.1f} {y:.1f}" for x, y in places)
+
+
+def _free_places(places: list[_Place], front: list[_Place], frame: _Frame) -> list[_Place]:
+    """Where the points' numbers go: off the other marks and numbers, and off the front's line if that is possible."""
+    line = [
+        (x0 + (x1 - x0) * i / 40, y0 + (y1 - y0) * i / 40)
+        for (x0, y0), (x1, y1) in itertools.pairwise(front)
+        for i in range(41)
+    ]
+    taken, found = list(places), []
+    for x, y in places:
+        wanted = [(x + dx, y + dy) for dx, dy in _PLACES]
+        inside = [w for w in wanted if frame.left < w[0] - 8 and w[0] + 8 < frame.right and frame.top < w[1] < frame.bottom]
+        free = [w for w in inside if all(math.dist(w, other) > 15 for other in taken)]
+        clear = [w for w in free if all(math.dist(w, other) > 9 for other in line)]
+        found.append((clear or free or inside or wanted)[0])
+        taken.append(found[-1])
+    return found
 
 
 def panel(lines: Sequence[Line], *, x_label: str, x_range: tuple[float, float], high: float, label: str) -> "Markup":
@@ -148,7 +165,7 @@ def panel(lines: Sequence[Line], *, x_label: str, x_range: tuple[float, float], 
     parts = [frame.draw(x_label, "", x_count=min(6, max(1, round(x_range[1] - x_range[0]))), y_count=4)]
     for line in lines:
         at = [frame.at(*point) for point in line.points]
-        parts.append(f'<path class="line {line.style}" d="M{"L".join(f"{x:.1f} {y:.1f}" for x, y in at)}"/>')
+        parts.append(f'<path class="line {line.style}" d="M{_path(at)}"/>')
         if len(at) <= 24:
             parts += [f'<circle class="dot {line.style}" cx="{x:.1f}" cy="{y:.1f}" r="2.6"/>' for x, y in at]
     return _svg(300, 190, label, Markup("".join(parts)))

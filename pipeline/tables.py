@@ -41,7 +41,7 @@ def _marks(row: Row) -> str:
 
 
 def _interval(row: Row) -> str:
-    return "-" if row.loss is None or row.loss.low is None else f"{row.loss.low:+.3f} .. {row.loss.high:+.3f}"
+    return "-" if row.loss is None or row.loss.low is None else f"{row.loss.low:+.3f}..{row.loss.high:+.3f}"
 
 
 def make_table(rows: list[Row], experiment: str) -> "Table":
@@ -56,9 +56,11 @@ def make_table(rows: list[Row], experiment: str) -> "Table":
         title=f"{escape(experiment)}: decode batch {', '.join(batches)}; in brackets: difference to the unmodified model",
         title_style="bold",
         caption=_CAPTION,
+        pad_edge=False,
     )
-    table.add_column("")
-    table.add_column("configuration", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    # The only column that folds where there is no room: digits are not cut.
+    table.add_column("configuration", overflow="fold")
     with_intervals = any(row.loss is not None and row.loss.low is not None for row in rows)
     for name in (
         "exact match",
