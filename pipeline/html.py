@@ -29,7 +29,7 @@ def write_report(
     uri: str,
     max_loss: float,
     notes: list[str],
-) -> None:
+) -> list[str]:
     """Write the page; aside, then renamed.
 
     Args:
@@ -39,6 +39,9 @@ def write_report(
         uri: MLflow tracking URI, for the figures of layers and over time, and the similarity artifact.
         max_loss: Quality loss allowed for the recommended configuration.
         notes: What could not be read.
+
+    Returns:
+        The notes, and what the page itself could not read.
     """
     import jinja2
 
@@ -48,6 +51,7 @@ def write_report(
     rows = [row for members, _ in groups.values() for row in members]
     numbers = {row.run_id: number for number, row in enumerate(rows, start=1)}
     heatmaps, heading, note = _heatmaps(rows, uri)
+    notes = [*notes, note] if note else notes
     page = template.render(
         css=(templates / "report.css").read_text(encoding="utf-8"),
         experiment=experiment,
@@ -59,11 +63,12 @@ def write_report(
         heatmaps_of=heading,
         settings=_settings(rows),
         configurations=[(numbers[row.run_id], row.label) for row in rows],
-        notes=[*notes, *([note] if note else [])],
+        notes=notes,
     )
     aside = file.with_name(f".{file.name}.aside")
     aside.write_text(page, encoding="utf-8")
     os.replace(aside, file)
+    return notes
 
 
 def _facts(rows: list[Row]) -> list[tuple[str, str]]:

@@ -74,7 +74,7 @@ def recommend(rows: list[Row], *, by: str, max_loss: float) -> Recommendation:
     """
     metric, sign = OBJECTIVES[by]
     baseline = next((row for row in rows if row.is_baseline), None)
-    lossy = [row for row in rows if row.loss is not None]
+    lossy = [row for row in rows if row.loss is not None and not row.is_baseline]
     others = [row for row in lossy if metric in row.metrics]
     if baseline is None:
         return Recommendation("No recommendation: no finished run of the unmodified model (reroute.policy=none).", "none")
@@ -89,7 +89,10 @@ def recommend(rows: list[Row], *, by: str, max_loss: float) -> Recommendation:
         return sign * row.metrics[metric], row.loss.point
 
     within = sorted((row for row in others if row.loss.point <= limit), key=rank)
-    superlative, comparative = ("fastest", "faster") if by == "speed" else ("one with the fewest active experts", "sparser")
+    superlative, better = {
+        "speed": ("fastest", "is faster"),
+        "active_experts": ("one with the fewest active experts", "has fewer active experts"),
+    }[by]
     if not within:
         least = min(others, key=lambda row: row.loss.point)
         return Recommendation(
@@ -101,7 +104,7 @@ def recommend(rows: list[Row], *, by: str, max_loss: float) -> Recommendation:
     best = within[0]
     if metric in baseline.metrics and rank(best)[0] >= sign * baseline.metrics[metric]:
         return Recommendation(
-            f"Recommended: the unmodified model, as no configuration with a quality loss within {max_loss:g} is {comparative}.",
+            f"Recommended: the unmodified model, as no configuration with a quality loss within {max_loss:g} {better}.",
             "unmodified",
             baseline,
         )
@@ -114,8 +117,9 @@ def recommend(rows: list[Row], *, by: str, max_loss: float) -> Recommendation:
     if best.loss.high <= limit:
         return Recommendation(f"{start}, safe: even the interval's upper end is within.", "safe", best)
     safe = next((row for row in within if row.loss.high is not None and row.loss.high <= limit), None)
-    better = safe is not None and (metric not in baseline.metrics or rank(safe)[0] < sign * baseline.metrics[metric])
-    also = f"; safe would be {safe.label} ({_gain(safe, baseline, by)})" if better else ""
+    if safe is not None and metric in baseline.metrics and rank(safe)[0] >= sign * baseline.metrics[metric]:
+        safe = None
+    also = f"; safe would be {safe.label} ({_gain(safe, baseline, by)})" if safe is not None else ""
     return Recommendation(f"{start}, likely: only the point estimate is within, not the upper end{also}.", "likely", best)
 
 

@@ -112,7 +112,7 @@ def compare(
         figure.savefig(folder / "compare.png", dpi=150)
         written.append(str(folder / "compare.png"))
     page = folder / "report.html"
-    write_report(page, groups, experiment=experiment, uri=uri, max_loss=max_loss, notes=notes)
+    notes = write_report(page, groups, experiment=experiment, uri=uri, max_loss=max_loss, notes=notes)
     written.append(str(page))
     for note in notes:
         console.print(f"Note: {note}", soft_wrap=True, highlight=False, markup=False)

@@ -56,7 +56,7 @@ def make_table(rows: list[Row], experiment: str) -> "Table":
         title=f"{escape(experiment)}: decode batch {', '.join(batches)}; in brackets: difference to the unmodified model",
         title_style="bold",
         caption=_CAPTION,
-        pad_edge=False,
+        padding=(0, 1, 0, 0),
     )
     table.add_column("", no_wrap=True)
     # The only column that folds where there is no room: digits are not cut.
