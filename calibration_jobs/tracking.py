@@ -338,7 +338,10 @@ def resolve_artifact(path_or_uri: str, *, tracking_uri: str | None, folder: Path
 
 
 def read_runs(uri: str, experiment: str) -> list[dict[str, Any]]:
-    """The finished generate runs of an experiment, oldest first: `run_id`, `name`, `params` and `metrics` each.
+    """The finished generate runs of an experiment, oldest first.
+
+    Returns:
+        Of each: `run_id`, `name`, `params`, `metrics`, `started_ms` (since 1970), `commit`, and `data_digest` ("" if unknown).
 
     Raises:
         ConfigError: if there is no such experiment.
@@ -359,5 +362,45 @@ def read_runs(uri: str, experiment: str) -> list[dict[str, Any]]:
         output_format="list",
     )
     return [
-        {"run_id": r.info.run_id, "name": r.info.run_name, "params": r.data.params, "metrics": r.data.metrics} for r in runs
+        {
+            "run_id": r.info.run_id,
+            "name": r.info.run_name,
+            "params": r.data.params,
+            "metrics": r.data.metrics,
+            "started_ms": r.info.start_time,
+            "commit": r.data.tags.get("sere.commit", "unknown"),
+            # A run that went on after an interruption may name its data twice.
+            "data_digest": " ".join(sorted({i.dataset.digest for i in r.inputs.dataset_inputs})),
+        }
+        for r in runs
     ]
+
+
+def read_history(uri: str, run_id: str, metric: str) -> list[tuple[int, float]]:
+    """All values of a run's metric by step, in order; the last one where a step has several. Empty if there is none."""
+    use_store(uri)
+    import mlflow
+
+    values = mlflow.MlflowClient().get_metric_history(run_id, metric)
+    return sorted({v.step: v.value for v in sorted(values, key=lambda v: v.timestamp)}.items())
+
+
+def download_file(uri: str, run_id: str, path: str, *, folder: Path) -> Path | None:
+    """Download a file among a run's artifacts into `folder`; None if the run has none of that path.
+
+    Raises:
+        ConfigError: if the store of the artifacts cannot be read.
+    """
+    use_store(uri)
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    try:
+        parent = path.rpartition("/")[0] or None
+        if path not in {item.path for item in mlflow.MlflowClient().list_artifacts(run_id, parent)}:
+            return None
+        return Path(mlflow.artifacts.download_artifacts(run_id=run_id, artifact_path=path, dst_path=str(folder)))
+    # Stores in a cloud need packages and credentials of their own; each fails in its way.
+    except (OSError, ImportError, MlflowException) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"{path} of run {run_id} cannot be read ({reason}): check access to the artifact store") from error

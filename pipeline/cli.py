@@ -56,7 +56,22 @@ def _parser() -> argparse.ArgumentParser:
     compare = commands.add_parser("compare", help="compare the generate runs of an experiment")
     compare.add_argument("experiment", help="MLflow experiment")
     compare.add_argument("--uri", default=_URI, help="MLflow tracking URI (default: %(default)s)")
-    compare.add_argument("--output", default="runs", help="folder for compare.csv and compare.png (default: %(default)s)")
+    compare.add_argument(
+        "--output", default="runs", help="folder for report.html, compare.csv and compare.png (default: %(default)s)"
+    )
+    compare.add_argument(
+        "--max-loss",
+        type=float,
+        default=0.02,
+        help="quality loss allowed for the recommended configuration (default: %(default)s)",
+    )
+    compare.add_argument(
+        "--by",
+        choices=("speed", "active_experts"),
+        default="speed",
+        help="recommend the fastest, or the one with the fewest active experts: speeds of small or noisy runs say little "
+        "(default: %(default)s)",
+    )
     return parser
 
 
@@ -70,7 +85,14 @@ def _run(arguments: argparse.Namespace) -> None:
     if arguments.command == "compare":
         from pipeline.report import compare
 
-        compare(arguments.experiment, uri=arguments.uri, output=arguments.output, console=console)
+        compare(
+            arguments.experiment,
+            uri=arguments.uri,
+            output=arguments.output,
+            max_loss=arguments.max_loss,
+            by=arguments.by,
+            console=console,
+        )
         return
 
     if arguments.command.startswith("calibrate "):
