@@ -222,15 +222,22 @@ def source_commit() -> str:
 
 @contextmanager
 def track(
-    config: TrackingConfig, *, kind: str, default_name: str, run_id: str | None = None, system_metrics: bool = False
+    config: TrackingConfig,
+    *,
+    kind: str,
+    default_name: str,
+    run_id: str | None = None,
+    parent_run_id: str | None = None,
+    system_metrics: bool = False,
 ) -> Iterator[NullTracker]:
     """A run that ends FINISHED, or FAILED if the block raises.
 
     Args:
         config: Where to record; an empty `uri` records nothing.
-        kind: Tag `sere.kind`: calibrate or generate.
+        kind: Tag `sere.kind`: calibrate, generate or sweep.
         default_name: Run name where the config has none.
         run_id: A run to go on with, instead of a new one.
+        parent_run_id: A run below which this one belongs.
         system_metrics: Record this machine's load and memory over time.
     """
     if not config.uri:
@@ -241,13 +248,14 @@ def track(
 
     experiment_id = use_experiment(config)
     tags = {"sere.kind": kind, "sere.commit": source_commit()}
+    options: dict[str, Any] = {"log_system_metrics": system_metrics}
     if run_id is not None:
-        started = mlflow.start_run(run_id=run_id, tags=tags, log_system_metrics=system_metrics)
+        options |= {"run_id": run_id}
     else:
-        started = mlflow.start_run(
-            experiment_id=experiment_id, run_name=config.run_name or default_name, tags=tags, log_system_metrics=system_metrics
-        )
-    with started as run:
+        options |= {"experiment_id": experiment_id, "run_name": config.run_name or default_name}
+    if parent_run_id is not None:
+        options |= {"nested": True, "parent_run_id": parent_run_id}
+    with mlflow.start_run(tags=tags, **options) as run:
         yield MlflowTracker(run.info.run_id)
 
 

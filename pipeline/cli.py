@@ -39,6 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, text in (
         ("calibrate", "compute expert similarity from calibration text"),
         ("generate", "run a dataset through vLLM replicas"),
+        ("sweep", "run a dataset under a grid of configurations, and compare them"),
     ):
         command = commands.add_parser(name, help=text, description=f"{text.capitalize()}.")
         command.add_argument("config", help=f"YAML file; see conf/{name}.yaml")
@@ -78,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
 def _run(arguments: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from conf.schema import CalibrateConfig, GenerateConfig
+    from conf.schema import CalibrateConfig, GenerateConfig, SweepConfig
 
     # Where the output goes to a file, do not fold tables to 80 columns.
     console = Console(width=None if sys.stdout.isatty() else 140)
@@ -111,6 +112,10 @@ def _run(arguments: argparse.Namespace) -> None:
         if done.was_finished:
             line += " (overwrite=true starts anew)"
         console.print(line, soft_wrap=True, highlight=False)
+    elif arguments.command == "sweep":
+        from pipeline.sweep import sweep
+
+        sweep(load_config(SweepConfig, arguments.config, arguments.overrides), console)
     else:
         from pipeline.generate import generate
         from pipeline.summary import print_summary

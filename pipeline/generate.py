@@ -168,8 +168,12 @@ def _check_stats_dir(reroute: RerouteConfig | None, storage: Storage) -> None:
         raise ConfigError(f"stats_dir {reroute.stats_dir} holds an earlier run's counters: name a new or empty folder")
 
 
-def generate(config: GenerateConfig) -> Summary:
+def generate(config: GenerateConfig, *, parent_run_id: str | None = None) -> Summary:
     """Run the job, or go on with it.
+
+    Args:
+        config: The job.
+        parent_run_id: MLflow run below which this one is recorded.
 
     Raises:
         ConfigError, SimilarityError: if the model, the data, the run directory or a setting cannot be used, or engines cannot
@@ -193,19 +197,27 @@ def generate(config: GenerateConfig) -> Summary:
             if artifact:
                 storage.put(SIMILARITY, artifact)
             kwargs = engine_kwargs(config, reroute, on_gpu=on_gpu)
-            metrics = _run(config, source, folder, kwargs, model=model, on_gpu=on_gpu)
+            metrics = _run(config, source, folder, kwargs, model=model, on_gpu=on_gpu, parent_run_id=parent_run_id)
     return Summary(config.output, metrics, was_finished=False)
 
 
 def _run(
-    config: GenerateConfig, source: Source, folder: RunFolder, kwargs: dict[str, Any], *, model: str, on_gpu: bool
+    config: GenerateConfig,
+    source: Source,
+    folder: RunFolder,
+    kwargs: dict[str, Any],
+    *,
+    model: str,
+    on_gpu: bool,
+    parent_run_id: str | None,
 ) -> dict[str, float]:
     finished = folder.scan()
     earlier = read_sessions(folder)
     noted = folder.storage.get_json("run.json") or {}
     name = "unmodified" if config.reroute is None else config.reroute.policy
     run_id = resume(config.tracking, noted.get("mlflow_run_id"))
-    with track(config.tracking, kind="generate", default_name=name, run_id=run_id, system_metrics=True) as tracker:
+    how = {"kind": "generate", "default_name": name, "run_id": run_id, "parent_run_id": parent_run_id}
+    with track(config.tracking, **how, system_metrics=True) as tracker:
         folder.storage.put_json("run.json", {"mlflow_run_id": tracker.run_id})
         if run_id is None:
             tracker.log_config(config)
