@@ -26,7 +26,7 @@ def points(*overrides):
 
 def test_grid():
     found = {point.name: point.config for point in points()}
-    assert list(found)[0] == "none,max_num_seqs=16", "what the others are compared with"
+    assert next(iter(found)) == "none,max_num_seqs=16", "what the others are compared with"
     # sere: 2 S x 2 thresholds; random and top_k know no threshold.
     assert len(found) == 1 + 4 + 2 + 2
     config = found["sere,S1,cosine,rho0.5,max_num_seqs=16"]
@@ -79,16 +79,19 @@ def test_a_sweep_on_s3(s3_bucket, demo_artifact, tmp_path):
     lines[7]["question"] = "x" * 300
     storage.pipe_file("runs/data/a.jsonl", "\n".join(json.dumps(line) for line in lines[:30]).encode())
     storage.pipe_file("runs/data/b.jsonl", ("\n".join(json.dumps(line) for line in lines[30:]) + "\n{broken").encode())
+    file = tmp_path / "sweep.yaml"
+    file.write_text("base: conf/generate.yaml\ngrid: {reroute.policy: [sere], reroute.primary_top_k: [2]}\n")
     settings = [
+        str(file),
         f"output={s3_bucket}/sweep",
         f"report={tmp_path}/report",
         f"tracking.uri=sqlite:///{tmp_path}/ml.db",
-        "grid={reroute.policy: [sere], reroute.primary_top_k: [2]}",
+        "tracking.experiment=sere-sweep",
         f"overrides.data={s3_bucket}/data/*.jsonl",
         "overrides.template='{{ question }}'",
         f"overrides.reroute.similarity={demo_artifact}",
     ]
-    printed = sere("sweep", "conf/sweep.yaml", *settings)
+    printed = sere("sweep", *settings)
     assert "Recommended: " in printed or "No recommendation" in printed
     assert "hunter2" not in printed
     for name in ("none", "sere,S2"):
@@ -118,7 +121,7 @@ def test_a_sweep_on_s3(s3_bucket, demo_artifact, tmp_path):
     assert {run.info.run_name for run in children} == {"none", "sere,S2"} and len(runs) == 3
     assert all(run.data.metrics["num_errors"] == 2 for run in children)
 
-    again = sere("sweep", "conf/sweep.yaml", *settings)
+    again = sere("sweep", *settings)
     assert again.count("Finished before") == 2
-    refused = sere("sweep", "conf/sweep.yaml", *settings, "overrides.sampling.max_tokens=3", status=2)
+    refused = sere("sweep", *settings, "overrides.sampling.max_tokens=3", status=2)
     assert "sampling.max_tokens was 48, is 3" in refused and "2 of 2 configurations failed" in refused
