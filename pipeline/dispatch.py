@@ -188,17 +188,20 @@ class Dispatcher:
             self._start_failed(handle, reason(error), None)
         else:
             self.replicas[handle.actor] = handle
+            self._failed_starts = 0
             if self.first_ready is None:
                 self.first_ready = time.monotonic()
 
     def _start_failed(self, handle: Handle, why: str, final: ConfigError | None) -> None:
         self._failed_starts += 1
-        if final is not None and not self.replicas:
+        if final is not None and self.first_ready is None:
             # The first engine that could not start: nor would another.
             raise final
         if self._failed_starts > _MAX_FAILED_STARTS:
             if not self.replicas and not self._starting:
-                raise ConfigError(f"replicas die while they start, the last with: {why}. See its log in the run directory")
+                raise final or ConfigError(
+                    f"replicas die while they start, the last with: {why}. See its log in the run directory"
+                )
             _log.warning("replica %s did not start, and is given up: %s", handle.name, why)
             return
         _log.warning("replica %s did not start, and is started again: %s", handle.name, why)
@@ -219,8 +222,11 @@ class Dispatcher:
         except ray.exceptions.RayError as error:
             cause = getattr(error, "cause", None)
             if isinstance(error, ray.exceptions.RayTaskError) and "EngineDead" not in f"{type(cause).__name__} {error}":
-                # Not an engine that died: a mistake in this program, or an input it does not expect.
-                raise
+                # Not an engine that died: storage that fails, or what this program does not expect.
+                raise ConfigError(
+                    f"replica {handle.name} failed: {reason(error)}. See its log in the run directory; the same command goes on "
+                    "with what is finished"
+                ) from error
             self._bury(handle, reason(error))
             return False
         for number in handle.status.written:
@@ -343,4 +349,5 @@ class _ReadAhead:
 def reason(error: Exception) -> str:
     """The line of an error of Ray's that says what happened."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+    # Ray goes on to explain what may kill workers in general.
+    return lines[-1].split(" Some common causes")[0][:300] if lines else type(error).__name__

@@ -141,6 +141,7 @@ def _work(
     try:
         for _ in dispatcher.run(read_batches(source, finished, config)):
             monitor.update(dispatcher)
+        monitor.update(dispatcher)
         patience = _STOP_S
     finally:
         # Also when interrupted: what replicas have finished is kept.

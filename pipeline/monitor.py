@@ -68,7 +68,7 @@ class Monitor:
         self._progress.stop()
 
     def update(self, dispatcher: "Dispatcher", *, final: bool = False) -> None:
-        """Take in the replicas' latest figures; to be called about once a second.
+        """Take in the replicas' latest figures; to be called about once a second, and with `final` at the end, however it came.
 
         Raises:
             ConfigError: if too many rows fail.
@@ -96,7 +96,8 @@ class Monitor:
             self._record(handles, num_errors)
             write_session(self._folder, session)
         self._folder.beat()
-        self._judge(handles, session.num_rows, num_errors)
+        if not final:
+            self._judge(handles, session.num_rows, num_errors)
 
     def _show(self, dispatcher: "Dispatcher", num_errors: int) -> None:
         session = self.session
@@ -149,8 +150,8 @@ class Monitor:
             first = [text for handle in handles for text in handle.status.first_errors][:3]
             raise ConfigError(
                 f"{errors} of {rows} rows failed, more than max_error_ratio {self._config.max_error_ratio:g} allows: "
-                f"{'; '.join(' '.join(text.split())[:200] for text in first)}. Mend the cause; rows with errors are in "
-                f"{self._folder.storage.shown}/results"
+                f"{'; '.join(' '.join(text.split())[:200] for text in first)}. Mend the cause, or raise "
+                f"max_error_ratio; rows with errors are in {self._folder.storage.shown}/results"
             )
 
 

@@ -274,9 +274,14 @@ class Replica:
             if not rows:
                 return
             table = answer_table(rows, self._tables, self._spec.input_schema, self._spec.config.id_column)
-            name = f"{self._spec.name}-{self._num_parts:06d}"
+            try:
+                name = f"{self._spec.name}-{self._num_parts:06d}"
+                await asyncio.to_thread(self._spec.folder.write_part, name, table)
+            except BaseException:
+                # Under the same name once more: it may be there, and not have been confirmed.
+                self._finished = rows + self._finished
+                raise
             self._num_parts += 1
-            await asyncio.to_thread(self._spec.folder.write_part, name, table)
             for number, _, _ in rows:
                 self._unwritten[number] -= 1
                 if not self._unwritten[number]:
@@ -288,7 +293,11 @@ class Replica:
         while True:
             await asyncio.sleep(min(interval, 1.0))
             if time.monotonic() - self._last_write >= interval:
-                await self.write()
+                try:
+                    await self.write()
+                except Exception:
+                    # Kept, and raised where somebody listens: when the rows are asked for.
+                    logging.getLogger(__name__).exception("finished rows cannot be written")
 
     async def status(self) -> ReplicaStatus:
         """Figures of now. A batch number is told once."""
