@@ -224,8 +224,8 @@ class Dispatcher:
             if isinstance(error, ray.exceptions.RayTaskError) and "EngineDead" not in f"{type(cause).__name__} {error}":
                 # Not an engine that died: storage that fails, or what this program does not expect.
                 raise ConfigError(
-                    f"replica {handle.name} failed: {reason(error)}. See its log in the run directory; the same command goes on "
-                    "with what is finished"
+                    f"replica {handle.name} failed: {reason(error)}. See its log in the run directory; the same command goes "
+                    "on with what is finished"
                 ) from error
             self._bury(handle, reason(error))
             return False

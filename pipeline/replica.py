@@ -235,7 +235,7 @@ class Replica:
             await self.write()
 
     async def _answer(self, request: Request) -> Answer:
-        from vllm import SamplingParams
+        from vllm import SamplingParams, TokensPrompt
         from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
         from vllm.v1.engine.exceptions import EngineDeadError
 
@@ -249,7 +249,12 @@ class Replica:
             parameters = SamplingParams(**sampling, output_kind=RequestOutputKind.FINAL_ONLY)
             adapter = self._adapters[request.lora] if request.lora else None
             name = str(self._num_requests)
-            async for output in self._engine.generate(request.prompt, parameters, name, lora_request=adapter):
+            prompt = request.prompt
+            if self._spec.config.messages_column is not None:
+                # The chat template has written the special tokens: none are added.
+                ids = self._engine.get_tokenizer().encode(prompt, add_special_tokens=False)
+                prompt = TokensPrompt(prompt_token_ids=ids)
+            async for output in self._engine.generate(prompt, parameters, name, lora_request=adapter):
                 last = output
         except EngineDeadError:
             raise
