@@ -2,6 +2,8 @@
 
 import logging
 import os
+import signal
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -40,6 +42,9 @@ def start_ray(num_cpus: float) -> None:
             local = {"address": "local", "num_cpus": max(os.cpu_count() or 1, int(num_cpus) + 1)}
         # Workers' own output stays in their log files (under /tmp/ray); the jobs print progress and errors.
         ray.init(include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False, **local)
+        if threading.current_thread() is threading.main_thread():
+            # What schedulers send before they take a machine away ends a job in order, like Ctrl-C. Ray sets a handler too.
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def check_room(*, num_cpus: float, num_gpus: float) -> None:

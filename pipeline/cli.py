@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -145,8 +144,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from conf.schema import ConfigError
 
-    # What a scheduler sends before it takes a machine away: ended in order, like Ctrl-C.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         _run(arguments)
     except ConfigError as error:

@@ -121,7 +121,9 @@ class RunFolder:
 
     def _claim(self) -> None:
         before = self.storage.get_json("job.json")
-        if self._overwrite and before is not None:
+        # A job that has no results yet (its engines never started, say) has nothing to lose.
+        changed = before != self._settings and not self.storage.sizes(RESULTS)
+        if before is not None and (self._overwrite or changed):
             # The manifest first: without it nothing counts as finished. job.json last: until then it is known whose it is.
             for name in (
                 "manifest.json",
