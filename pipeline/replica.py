@@ -19,6 +19,7 @@ from typing import Any
 import pyarrow as pa
 
 from conf.schema import ConfigError, GenerateConfig
+from pipeline.engine_loop import EngineLoop
 from pipeline.job import SIMILARITY
 from pipeline.prompts import Request, RequestMaker
 from pipeline.rows import Answer, answer_table
@@ -67,12 +68,13 @@ class Replica:
     def __init__(self, spec: ReplicaSpec) -> None:
         self._spec = spec
         self._engine: Any = None
+        self._requests: Any = None
         self._scheduler: Any = None
         self._status = ReplicaStatus()
         self._finished: list[tuple[int, int, Answer]] = []
         self._tables: dict[int, pa.Table] = {}
         self._unwritten: dict[int, int] = {}
-        self._num_requests = self._num_parts = 0
+        self._num_parts = 0
         self._last_write = time.monotonic()
         self._writing = asyncio.Lock()
         self._scratch = Path(tempfile.mkdtemp(prefix="sere-"))
@@ -118,21 +120,23 @@ class Replica:
         # On CPUs vLLM would bind every replica to the same cores; Ray has given each a number of threads.
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         logging.getLogger("vllm").setLevel(logging.INFO)
-        from vllm import AsyncEngineArgs
+        from vllm import EngineArgs
         from vllm.usage.usage_lib import UsageContext
-        from vllm.v1.engine.async_llm import AsyncLLM
-        from vllm.v1.metrics.loggers import StatLoggerBase
+        from vllm.v1.engine.llm_engine import LLMEngine
+        from vllm.v1.metrics.loggers import PrometheusStatLogger
 
         replica = self
 
-        class Scheduler(StatLoggerBase):
-            """Keeps the scheduler's latest figures."""
+        class Scheduler(PrometheusStatLogger):
+            """Keeps the scheduler's latest figures; vLLM's Prometheus logger, which it replaces, slows small models."""
 
-            def __init__(self, vllm_config: Any, engine_index: int = 0) -> None: ...
+            def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 
             def record(self, scheduler_stats: Any, *args: Any, **kwargs: Any) -> None:
                 if scheduler_stats is not None:
                     replica._scheduler = scheduler_stats
+
+            def log(self) -> None: ...
 
             def log_engine_initialized(self) -> None: ...
 
@@ -144,10 +148,11 @@ class Replica:
             if sere["policy"] == "sere":
                 sere["similarity"] = str(self._fetch(SIMILARITY))
             arguments["additional_config"] = {**arguments["additional_config"], "sere": sere}
-        # vLLM's own log of statistics every ten seconds says what status() does.
-        engine_args = AsyncEngineArgs(**{"disable_log_stats": True, **arguments})
         # The context picks defaults: those of offline work let a step read more prompt tokens.
-        self._engine = AsyncLLM.from_engine_args(engine_args, usage_context=UsageContext.LLM_CLASS, stat_loggers=[Scheduler])
+        self._engine = LLMEngine.from_engine_args(
+            EngineArgs(**arguments), usage_context=UsageContext.LLM_CLASS, stat_loggers=[Scheduler], enable_multiprocessing=True
+        )
+        self._requests = EngineLoop(self._engine)
         self._make_requests = RequestMaker(self._spec.config, apply_chat_template=self._apply_chat_template)
         self._adapters = self._lora_requests()
 
@@ -160,8 +165,7 @@ class Replica:
         from vllm import SamplingParams, TokensPrompt
 
         prompt = TokensPrompt(prompt_token_ids=[0] * 8)
-        async for _ in self._engine.generate(prompt, SamplingParams(max_tokens=1), "warm-up"):
-            pass
+        await self._requests.generate(prompt, SamplingParams(max_tokens=1))
 
     def _fetch(self, name: str) -> Path:
         """A file of the run directory on this node's disk."""
@@ -241,32 +245,29 @@ class Replica:
 
         if request.problem is not None:
             return Answer(error=request.problem)
-        self._num_requests += 1
         try:
             sampling = dict(request.sampling)
             if "structured_outputs" in sampling:
                 sampling["structured_outputs"] = StructuredOutputsParams(**sampling["structured_outputs"])
             parameters = SamplingParams(**sampling, output_kind=RequestOutputKind.FINAL_ONLY)
             adapter = self._adapters[request.lora] if request.lora else None
-            name = str(self._num_requests)
             prompt = request.prompt
             if self._spec.config.messages_column is not None:
                 # The chat template has written the special tokens: none are added.
                 ids = self._engine.get_tokenizer().encode(prompt, add_special_tokens=False)
                 prompt = TokensPrompt(prompt_token_ids=ids)
-            async for output in self._engine.generate(prompt, parameters, name, lora_request=adapter):
-                last = output
+            output = await self._requests.generate(prompt, parameters, lora_request=adapter)
         except EngineDeadError:
             raise
         except Exception as error:
-            if self._engine.errored:
-                raise
             cause = error.__cause__ or error
             return Answer(error=f"{type(cause).__name__}: {cause}")
-        completion = last.outputs[0]
+        completion = output.outputs[0]
+        if completion.finish_reason in ("abort", "error"):
+            return Answer(error=f"the engine ended this request with finish_reason {completion.finish_reason}")
         return Answer(
             generated_text=completion.text,
-            num_prompt_tokens=len(last.prompt_token_ids),
+            num_prompt_tokens=len(output.prompt_token_ids),
             num_generated_tokens=len(completion.token_ids),
             finish_reason=completion.finish_reason,
         )
@@ -327,7 +328,7 @@ class Replica:
     async def stop(self) -> ReplicaStatus:
         """Write what is finished and end the engine, which brings the last counters."""
         await self.write()
-        await asyncio.to_thread(self._engine.shutdown)
+        await asyncio.to_thread(self._requests.shutdown)
         storage = self._spec.folder.storage
         if not storage.is_local:
             storage.put(f"logs/{self._spec.name}.log", self._log.read_bytes())
