@@ -33,12 +33,14 @@ def start_ray(num_cpus: float) -> None:
     """
     import ray
 
-    # ray.data.llm starts Ray once more and is told, at length, that it runs.
+    # What goes wrong reaches the user as an exception.
     logging.getLogger("ray").setLevel(logging.ERROR)
     if not ray.is_initialized():
         local: dict[str, Any] = {}
         if not os.environ.get("RAY_ADDRESS"):
             # Without "local" Ray would join whatever cluster it finds on this machine.
+            # Ray would run workers at nice 15, behind whatever else this machine does.
+            os.environ.setdefault("RAY_worker_niceness", "0")
             local = {"address": "local", "num_cpus": max(os.cpu_count() or 1, int(num_cpus) + 1)}
         # Workers' own output stays in their log files (under /tmp/ray); the jobs print progress and errors.
         ray.init(include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False, **local)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from argparse import Namespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -126,3 +127,31 @@ def test_decode_re_routes_every_batch_it_times(script, monkeypatch):
         with pytest.raises(NoEngine):
             bench.Bench(Namespace(batches=batches, variants=[1], steps=12, layers=1))
         assert seen["additional_config"]["sere"]["max_tokens"] == max_tokens
+
+
+def test_orderings_are_permutations_of_the_rows(script):
+    orderings = script("row_orderings")
+    rows = [{"prompt": "x" * (1 + n % 3), "reference": "y" * (n % 5), "task": "abc"[n % 3]} for n in range(18)]
+    noise = np.random.default_rng(0).random((18, 4)) / 100
+    alike = noise + np.eye(4)[[n % 3 for n in range(18)]]
+    made = orderings.make_orderings(rows, dict.fromkeys(("prompt mean", "prompt last", "answer mean"), alike), num_seeds=2)
+    assert all(sorted(make(4)) == list(range(18)) for seeds in made.values() for make in seeds)
+    assert len(made["random"]) == 2
+    batches = {name: [{n % 3 for n in seeds[0](6)[start : start + 6]} for start in (0, 6, 12)] for name, seeds in made.items()}
+    for name in ("task", "prompt length", "router, prompt mean: clusters", "router, last token: leaf order"):
+        assert all(len(tasks) == 1 for tasks in batches[name]), name
+    assert all(len(tasks) == 3 for tasks in batches["round robin over tasks"])
+
+
+def test_active_experts_at_equal_rows(script):
+    """A batch that stays full has more active experts per step; at equal rows it has those of the baseline."""
+    equal = script("bench_ordering").at_equal_rows
+    baseline = [{"curve": {1: [10, 8.0, 8.0], 3: [30, 12.0, 6.0]}}]
+    full = [{"curve": {1: [1, 8.0, 8.0], 2: [1, 10.0, 7.0], 3: [98, 12.0, 6.0]}}]
+    assert equal(baseline, baseline, 1) == equal(full, baseline, 1) == 11.0
+    assert equal(full, baseline, 2) == 6.5
+
+
+def test_ordering_needs_an_artifact(script, capsys, tmp_path):
+    bench = script("bench_ordering", "--similarity", str(tmp_path / "none.safetensors"))
+    assert "make one with sere calibrate" in refused(capsys, bench.main)
