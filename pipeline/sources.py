@@ -30,6 +30,10 @@ _LINES = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", "
 _SUFFIXES = {".parquet": "parquet", **_LINES}
 _COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
 _SCAN_ROWS = 5_000
+# What stores call that which changes with a file's content.
+_TAGS = ("ETag", "etag", "md5Hash", "Content-MD5", "LastModified", "Last-Modified", "mtime", "created")
+# Bytes that are not UTF-8, as "surrogateescape" decodes them.
+_NOT_UTF8 = re.compile("[\udc80-\udcff]")
 Kind = Literal["parquet", "json", "csv", "text", "huggingface"]
 
 
@@ -286,16 +290,25 @@ def _tables(source: Source, file: SourceFile, rows_per_table: int) -> Iterator[t
 def _rows(source: Source, file: SourceFile) -> Iterator[tuple[dict[str, Any] | None, str]]:
     """Rows of a file of lines, and what is wrong with each: a bad one has no columns."""
     filesystem, _ = open_filesystem(source.config.data, source.config.storage_options)
-    with filesystem.open(file.path, "rb", compression="infer") as raw:
-        lines = io.TextIOWrapper(raw, encoding="utf-8", errors="replace", newline="")
+    zstd = file.path.endswith(".zst")
+    with filesystem.open(file.path, "rb", compression=None if zstd else "infer") as opened:
+        # fsspec needs one more package for zstd; pyarrow does not.
+        raw = pa.CompressedInputStream(opened, "zstd") if zstd else opened
+        lines = io.TextIOWrapper(raw, encoding="utf-8-sig", errors="surrogateescape", newline="")
         if source.kind == "text":
-            for line in lines:
-                yield {source.config.prompt_column: line.rstrip("\r\n")}, ""
+            for number, line in enumerate(lines, start=1):
+                if _NOT_UTF8.search(line):
+                    yield None, f"line {number} is not UTF-8"
+                else:
+                    yield {source.config.prompt_column: line.rstrip("\r\n")}, ""
         elif source.kind == "csv":
             yield from _csv_rows(lines, "\t" if ".tsv" in file.path else ",")
         else:
             for number, line in enumerate(lines, start=1):
                 if not line.strip():
+                    continue
+                if _NOT_UTF8.search(line):
+                    yield None, f"line {number} is not UTF-8"
                     continue
                 try:
                     row = json.loads(line)
@@ -310,10 +323,19 @@ def _csv_rows(lines: io.TextIOWrapper, delimiter: str) -> Iterator[tuple[dict[st
     csv.field_size_limit(2**31 - 1)
     reader = csv.reader(lines, delimiter=delimiter)
     header = next(reader, None)
-    for fields in reader:
+    while True:
+        try:
+            fields = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield None, f"line {reader.line_num} is malformed: {error}"
+            continue
         if not fields:
             continue
-        if len(fields) == len(header):
+        if any(_NOT_UTF8.search(field) for field in fields):
+            yield None, f"line {reader.line_num} is not UTF-8"
+        elif len(fields) == len(header):
             yield dict(zip(header, fields, strict=True)), ""
         else:
             yield None, f"line {reader.line_num} has {len(fields)} fields, the header {len(header)}"
@@ -370,7 +392,10 @@ def _fit(table: pa.Table, field: pa.Field) -> pa.ChunkedArray | pa.Array:
 
 def _fingerprint(filesystem: Any, path: str) -> str:
     if "file" not in filesystem.protocol:
-        return str(filesystem.ukey(path))
+        # fsspec's `ukey` covers all that a store says, which is more when a file is asked for than when its folder is listed.
+        info = filesystem.info(path)
+        tag = next((info[name] for name in _TAGS if info.get(name)), None)
+        return f"{info.get('size')} bytes, {tag}" if tag else str(filesystem.ukey(path))
     with open(path, "rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 

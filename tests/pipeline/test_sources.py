@@ -41,7 +41,7 @@ LINES = "\n".join(json.dumps(row) for row in ROWS)
 EXPECTED = [f"p{number}" for number in range(7)]
 
 
-@pytest.fixture(params=["parquet", "jsonl", "csv", "tsv", "txt", "jsonl.gz", "saved", "saved splits"])
+@pytest.fixture(params=["parquet", "jsonl", "csv", "tsv", "txt", "jsonl.gz", "jsonl.zst", "saved", "saved splits"])
 def data(request, tmp_path):
     file = tmp_path / f"data.{request.param}"
     if request.param == "parquet":
@@ -50,6 +50,8 @@ def data(request, tmp_path):
         file.write_text(LINES)
     elif request.param == "jsonl.gz":
         file.write_bytes(gzip.compress(LINES.encode()))
+    elif request.param == "jsonl.zst":
+        file.write_bytes(pa.compress(LINES.encode(), codec="zstd", asbytes=True))
     elif request.param in ("csv", "tsv"):
         separator = "," if request.param == "csv" else "\t"
         file.write_text("\n".join(f"{a}{separator}{b}" for a, b in [("prompt", "n"), *(tuple(row.values()) for row in ROWS)]))
@@ -199,3 +201,35 @@ def test_a_file_that_became_shorter(tmp_path):
     file.write_text("a\n")
     with pytest.raises(ConfigError, match="has become shorter"):
         read(source)
+
+
+def test_bytes_that_are_no_text_spoil_their_row_alone(tmp_path):
+    bad = {"data.txt": b"a\n\xff\xfe\nb\n", "data.jsonl": b'{"prompt": "a"}\n{"prompt": "\xff"}\n{"prompt": "b"}\n'}
+    bad["data.csv"] = b"prompt\na\n\xff\nb\n"
+    for name, content in bad.items():
+        (tmp_path / name).write_bytes(content)
+        rows = prompts(tmp_path / name)
+        assert [prompt for _, _, prompt, _ in rows] == ["a", None, "b"]
+        assert [bool(problem) for *_, problem in rows] == [False, True, False] and "is not UTF-8" in rows[1][3]
+
+
+@pytest.mark.parametrize("name", ["data.txt", "data.jsonl", "data.csv"])
+def test_a_byte_order_mark_is_no_content(tmp_path, name):
+    lines = {"data.txt": "a", "data.jsonl": '{"prompt": "a"}', "data.csv": "prompt\na"}
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + lines[name].encode())
+    assert [prompt for _, _, prompt, _ in prompts(tmp_path / name)] == ["a"]
+
+
+def test_a_file_in_a_store_is_known_by_its_tag(s3_bucket):
+    """Whether it was listed or asked for: else a job could not go on."""
+    import fsspec
+
+    filesystem, root = fsspec.core.url_to_fs(f"{s3_bucket}/in")
+    filesystem.pipe_file(f"{root}/a.jsonl", LINES.encode())
+    filesystem.pipe_file(f"{root}/b.txt", b"")
+    one = open_source(f"{s3_bucket}/in/a.jsonl").fingerprints
+    filesystem.invalidate_cache()
+    assert open_source(f"{s3_bucket}/in/*.jsonl").fingerprints == one
+    filesystem.pipe_file(f"{root}/a.jsonl", LINES.replace("p1", "q1").encode())
+    filesystem.invalidate_cache()
+    assert open_source(f"{s3_bucket}/in/*.jsonl").fingerprints != one
