@@ -154,3 +154,62 @@ def test_refusal_inside_an_engine_is_one_line(calibrated, folder):
     assert "sere: the artifact has no matrix for layer 2: it has [0, 1, 3]" in error.splitlines()[-1]
     assert "Traceback" not in error
     assert not list((folder / "refused").glob("results/*"))
+
+
+@pytest.fixture(scope="module")
+def chat_model(folder):
+    """The demo model with a chat template."""
+    model = folder / "chat-model"
+    model.mkdir()
+    for file in DEMO_MODEL.iterdir():
+        (model / file.name).symlink_to(file)
+    (model / "tokenizer_config.json").unlink()
+    template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    values = json.loads((DEMO_MODEL / "tokenizer_config.json").read_text()) | {"chat_template": template}
+    (model / "tokenizer_config.json").write_text(json.dumps(values))
+    return model
+
+
+def test_chat_with_parameters_of_each_row(folder, chat_model):
+    """On one replica, and a second one if there is room; in the order of finishing."""
+    asked = [
+        ("add 455+116=", None),
+        ("add 455+116=", {"structured_output": {"choice": ["yes", "no"]}}),
+        ("sort gzekfwdefg=", {"max_tokens": 2}),
+        ("sort gzekfwdefg=", {"max_tokens": "two"}),
+        ("sort gzekfwdefg=", {"structured_output": {"regex": "[0-9]{3}"}}),
+        (None, None),
+    ]
+    rows = [
+        {"m": [{"role": "user", "content": text}] if text else None, "s": None if values is None else json.dumps(values)}
+        for text, values in asked
+    ]
+    (folder / "chat.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    result = generate(
+        folder,
+        "chat",
+        f"model={chat_model}",
+        f"data={folder}/chat.jsonl",
+        "reroute=null",
+        "messages_column=m",
+        "sampling_column=s",
+        "preserve_order=false",
+        "engine.max_replicas=2",
+    )
+    found = {row["source_row"]: row for row in result.to_pylist()}
+    assert sorted(found) == list(range(6)) and result.num_rows == 6
+    assert found[0]["generated_text"].strip() == "571" and found[0]["num_prompt_tokens"] == len("add 455+116=")
+    assert found[1]["generated_text"] in ("yes", "no")
+    assert found[2]["num_generated_tokens"] == 2 and found[2]["finish_reason"] == "length"
+    assert "max_tokens must be int, got 'two'" in found[3]["error"]
+    assert len(found[4]["generated_text"]) == 3 and found[4]["generated_text"].isdigit()
+    assert found[5]["error"] == "m is null"
+    errors = pq.read_table(folder / "chat" / "errors.parquet")
+    assert sorted(errors["source_row"].to_pylist()) == [3, 5]
+
+
+def test_too_many_errors_end_the_job(folder):
+    (folder / "bad.jsonl").write_text("\n".join(json.dumps({"prompt": None}) for _ in range(120)))
+    settings = [f"data={folder}/bad.jsonl", f"output={folder}/bad", "tracking.uri=", "reroute=null", "max_error_ratio=0.1"]
+    error = sere("generate", "conf/generate.yaml", *settings, status=2)
+    assert "rows failed, more than max_error_ratio 0.1 allows: prompt is null" in error and "Traceback" not in error
