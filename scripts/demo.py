@@ -46,7 +46,7 @@ def main() -> None:
     run(f"compare {EXPERIMENT} --uri {URI} --output {FOLDER}")
     print(f"\nDone in {(time.monotonic() - started) / 60:.1f} minutes. All runs, heatmaps and versions:\n")
     print(f"    .venv/bin/mlflow ui --backend-store-uri {URI} --host 127.0.0.1 --port 5000\n")
-    print("and open http://127.0.0.1:5000")
+    print(f"and open http://127.0.0.1:5000. The comparison on one page, with pictures: {FOLDER}/report.html")
 
 
 if __name__ == "__main__":

@@ -78,12 +78,18 @@ class Trial:
 
 
 def processes(word: str) -> list[psutil.Process]:
-    """Processes of this machine whose title has a word: Ray and vLLM name theirs."""
+    """Processes below this one whose title has a word (Ray and vLLM name theirs): other jobs on this machine are left alone.
+
+    Ray adopts what its dead workers leave behind, so that is below this one too.
+    """
     found = []
-    for process in psutil.process_iter(["name", "cmdline"]):
-        title = " ".join([process.info["name"] or "", *(process.info["cmdline"] or [])])
-        if word in title and process.pid != os.getpid() and process.status() != psutil.STATUS_ZOMBIE:
-            found.append(process)
+    for process in psutil.Process().children(recursive=True):
+        try:
+            title = " ".join([process.name(), *process.cmdline()])
+            if word in title and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except psutil.NoSuchProcess:
+            continue
     return found
 
 

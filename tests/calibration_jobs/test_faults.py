@@ -1,5 +1,6 @@
 """Processes are killed for real: workers, a node, the driver. Nothing is lost, and the result is that of an undisturbed job."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -64,12 +65,12 @@ def num_results(config: CalibrateConfig) -> int:
 
 
 def workers() -> list[psutil.Process]:
-    """Worker processes of the job that have loaded the model or are at work."""
+    """Worker processes that have loaded the model or are at work, of this process's cluster and not of other jobs."""
     found = []
-    for process in psutil.process_iter(["cmdline"]):
-        words = process.info["cmdline"] or [""]
-        if words[0].startswith("ray::CalibrationWorker"):
-            found.append(process)
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if (process.cmdline() or [""])[0].startswith("ray::CalibrationWorker"):
+                found.append(process)
     return found
 
 
@@ -134,8 +135,9 @@ def test_worker_that_always_dies_is_an_error_that_says_what_to_do(cluster, slow,
     def kill_all() -> None:
         while not stop.is_set():
             for process in workers():
-                if process.cmdline()[:1] == ["ray::CalibrationWorker.sums"]:
-                    process.kill()
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    if process.cmdline()[:1] == ["ray::CalibrationWorker.sums"]:
+                        process.kill()
             time.sleep(0.02)
 
     monkeypatch.setattr("calibration_jobs.cluster._MAX_ATTEMPTS", 2)
