@@ -24,7 +24,14 @@ _PORTS = {"http": 80, "https": 443}
 REGISTRY_SCHEME = "models:/"
 CANDIDATE, CHAMPION = "candidate", "champion"
 """Aliases: the newest version, and the one that was chosen."""
+_MAX_METRIC_NAME = 250
 _MAX_PARAM_LENGTH = 500
+
+
+def _metric_name(name: str) -> str:
+    """A name that MLflow takes: those of domains and tasks come from the data, and may be anything."""
+    parts = re.sub(r"[^\w\-. :/]", "_", name)[:_MAX_METRIC_NAME].split("/")
+    return "/".join(part if part.strip(". ") else "_" for part in parts)
 
 
 class NullTracker:
@@ -88,8 +95,7 @@ class MlflowTracker(NullTracker):
     def log_metrics(self, metrics: Mapping[str, float], *, step: int = 0) -> None:
         import mlflow
 
-        # A name of a domain may have characters that MLflow refuses.
-        mlflow.log_metrics({re.sub(r"[^\w\-. :/]", "_", key): float(value) for key, value in metrics.items()}, step=step)
+        mlflow.log_metrics({_metric_name(key): float(value) for key, value in metrics.items()}, step=step)
 
     def log_values(self, values: Mapping[str, Any], path: str) -> None:
         import mlflow

@@ -70,6 +70,8 @@ def _check_keys(schema: type, values: dict[Any, Any], where: str, prefix: str = 
         if key not in hints:
             raise unknown_key(f"{prefix}{key}", list(hints), where)
         nested = _nested(hints[key])
+        if nested is not None and value is not None and not isinstance(value, dict):
+            raise ConfigError(f"{where}: {prefix}{key} must hold keys and values, got {value!r}")
         if nested is not None and isinstance(value, dict):
             _check_keys(nested, value, where, f"{prefix}{key}.")
     for field in dataclasses.fields(schema):

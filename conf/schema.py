@@ -238,6 +238,16 @@ class StructuredOutputConfig:
         return {name: list(value) if name == "choice" else value for name, value in values.items() if value is not None}
 
 
+# What vLLM can send to its engine.
+_INTEGERS = (
+    ("max_tokens", 1, 2**31 - 1),
+    ("min_tokens", 0, 2**31 - 1),
+    ("top_k", 0, 2**31 - 1),
+    ("stop_token_ids", 0, 2**31 - 1),
+    ("seed", -(2**63), 2**63 - 1),
+)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingConfig:
     """What is generated for a prompt. Names and meanings are vLLM's `SamplingParams`."""
@@ -259,8 +269,11 @@ class SamplingConfig:
     structured_output: StructuredOutputConfig | None = None
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "max_tokens")
-        _at_least(self, 0, "min_tokens", "top_k")
+        for name, least, most in _INTEGERS:
+            value = getattr(self, name)
+            for one in value if isinstance(value, tuple) else (value,):
+                if one is not None and not least <= one <= most:
+                    raise ConfigError(f"{name} must be between {least} and {most}, got {str(one)[:30]}")
         if not 0 <= self.temperature < math.inf:
             raise ConfigError(f"temperature must be at least 0 and finite, got {self.temperature}")
         if not 0 < self.top_p <= 1:
@@ -372,6 +385,8 @@ class GenerateConfig:
     once. 1 makes static batches: prompts are read together, then decoded together, and no step mixes the two."""
     num_rows: int | None = None
     """Only the first rows, for a trial; None: all."""
+    order_by: tuple[str, ...] = ()
+    """Columns to sort rows by before they are generated, so that rows of a batch are alike (docs/generation.md)."""
     preserve_order: bool = False
     """Write the results in the input's order, at the end; the order of finishing otherwise."""
     checkpoint_rows: int = 256

@@ -41,6 +41,7 @@ class Row:
         return dict(self.group)["engine.max_num_seqs"]
 
 
+_GROUP_PREFIXES = ("sampling.", "engine.engine_kwargs", "engine.lora_adapters", "chat_template_kwargs")
 # What makes two runs comparable, and their difference one of re-routing; with all of `sampling`.
 _GROUP = (
     "model",
@@ -54,7 +55,9 @@ _GROUP = (
     "lora_column",
     "batch_size",
     "concurrent_batches",
+    "order_by",
     "engine.max_num_seqs",
+    "engine.max_model_len",
     "engine.dtype",
     # Speeds depend on these.
     "engine.num_replicas",
@@ -84,7 +87,7 @@ def _defaults() -> dict[str, str]:
 
 def _group(params: dict[str, str], data_digest: str) -> tuple[tuple[str, str], ...]:
     known = {**_defaults(), **params}
-    keys = [*_GROUP, *sorted(key for key in known if key.startswith("sampling."))]
+    keys = [*_GROUP, *sorted(key for key in known if key.startswith(_GROUP_PREFIXES))]
     # A structured output is one of several leaves; without one it is a leaf itself.
     return (*((key, known.get(key, "")) for key in keys if known.get(key) != "None"), ("data_digest", data_digest))
 

@@ -74,6 +74,8 @@ class EngineLoop:
         except EngineDeadError:
             raise
         except Exception as error:
+            # It may have failed half way (a number too large to be sent): half a request would be waited for without end.
+            self._engine.abort_request([name])
             self._tell(self._resolve, [(name, None, error)])
 
     def _tell(self, function: Any, argument: Any) -> None:

@@ -28,11 +28,24 @@ def read_model_facts(config: GenerateConfig) -> ModelFacts:
     """Read the model's configuration files.
 
     Raises:
-        ConfigError: if there is no such model.
+        ConfigError: if there is no such model, or it has no chat template and needs one.
     """
     model_config = read_model_config(config.model, trust_remote_code=config.engine.trust_remote_code)
+    if config.messages_column is not None:
+        _check_chat_template(config)
     text_config = model_config.get_text_config()
     return ModelFacts(next((getattr(text_config, name) for name in _TOP_K_NAMES if getattr(text_config, name, None)), None))
+
+
+def _check_chat_template(config: GenerateConfig) -> None:
+    from transformers import AutoTokenizer
+
+    if {"tokenizer", "tokenizer_mode"} & set(config.engine.engine_kwargs):
+        # vLLM knows, and says so row by row.
+        return
+    tokenizer = AutoTokenizer.from_pretrained(config.model, trust_remote_code=config.engine.trust_remote_code)
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise ConfigError(f"{config.model} has no chat template, which messages_column needs: use prompt_column or template")
 
 
 def check_reroute(config: RerouteConfig, model: str, facts: ModelFacts) -> None:

@@ -1,5 +1,7 @@
 """Answers against references: a score per row, and their averages."""
 
+import json
+
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -16,13 +18,23 @@ def score(table: pa.Table, *, reference_column: str, task_column: str) -> pa.Tab
     """
     hit = pa.nulls(len(table), pa.bool_())
     if reference_column in table.column_names:
-        references = table[reference_column].cast(pa.string())
+        references = _text(table[reference_column])
         generated = pc.utf8_trim_whitespace(pc.fill_null(table["generated_text"], ""))
         hit = pc.and_kleene(pc.equal(generated, pc.utf8_trim_whitespace(references)), pc.is_null(table["error"]))
         hit = pc.if_else(pc.is_valid(references), hit, None)
     has_tasks = task_column in table.column_names
-    task = table[task_column].cast(pa.string()) if has_tasks else pa.nulls(len(table), pa.string())
+    task = _text(table[task_column]) if has_tasks else pa.nulls(len(table), pa.string())
     return pa.table([*(table[name] for name in KEY), task, hit], schema=SCORE_SCHEMA)
+
+
+def _text(column: pa.ChunkedArray) -> pa.ChunkedArray | pa.Array:
+    """A column as text; lists and the like as JSON."""
+    try:
+        return column.cast(pa.string())
+    except pa.ArrowException:
+        return pa.array(
+            [None if v is None else json.dumps(v, ensure_ascii=False, default=str) for v in column.to_pylist()], pa.string()
+        )
 
 
 def exact_match(scores: pa.Table) -> dict[str, float]:

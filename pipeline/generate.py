@@ -34,7 +34,7 @@ from pipeline.job import (
 from pipeline.monitor import Monitor
 from pipeline.rows import Answer, answer_table
 from pipeline.run_folder import KEY, Finished, RunFolder, to_parquet
-from pipeline.sources import Source, describe_file, find_sources, read_file, unify
+from pipeline.sources import PLACE, Source, describe_file, find_sources, read_file, unify
 from pipeline.storage import Storage
 
 _log = logging.getLogger(__name__)
@@ -82,7 +82,7 @@ def _read(batch: dict[str, Any], *, source: Any, rows_per_table: int) -> Iterato
 
 
 def read_batches(source: Source, finished: Finished, config: GenerateConfig) -> Iterator[pa.Table]:
-    """The rows that are not finished, in the input's order, `batch_size` at a time."""
+    """The rows that are not finished, `batch_size` at a time, in the input's order or by `order_by`."""
     import ray
     import ray.data
 
@@ -102,6 +102,8 @@ def read_batches(source: Source, finished: Finished, config: GenerateConfig) -> 
     reference = [ray.put((source, finished.rows))]
     read = functools.partial(_read, source=reference, rows_per_table=config.batch_size)
     rows = ray.data.from_items(left, override_num_blocks=len(left)).map_batches(read, batch_size=1, num_cpus=0.5)
+    if config.order_by:
+        rows = rows.sort(list(config.order_by))
     try:
         yield from rows.iter_batches(batch_size=config.batch_size, batch_format="pyarrow", prefetch_batches=2)
     except ray.exceptions.RayTaskError as error:
@@ -316,24 +318,22 @@ def _counters(sessions: list[Session], tracker: NullTracker) -> dict[str, float]
 def _put_in_order(source: Source, folder: RunFolder) -> None:
     """Write the parts anew in the input's order. Killed in between, both are there, and the next scan sorts that out."""
     import ray.data
-    from pyarrow.fs import FSSpecHandler, PyFileSystem
 
     before = folder.parts()
     places = {file.name: number for number, file in enumerate(source.files)}
-    filesystem = PyFileSystem(FSSpecHandler(folder.storage.filesystem))
-    rows = ray.data.read_parquet([folder.storage.locate(name) for name in before], filesystem=filesystem)
-    rows = rows.map_batches(functools.partial(_add_place, places=places), batch_format="pyarrow").sort([_PLACE, "source_row"])
+    read = functools.partial(_read_part, folder=folder.for_replicas(), places=places)
+    names = ray.data.from_items([{"name": name} for name in before], override_num_blocks=len(before))
+    rows = names.map_batches(read, batch_size=1, num_cpus=0.5).sort([PLACE, "source_row"])
     token = f"{time.time_ns():x}"
     tables = rows.iter_batches(batch_size=_ORDERED_ROWS, batch_format="pyarrow")
     for number, table in enumerate(tables):
-        folder.write_part(f"ordered-{token}-{number:06d}", table.drop_columns([_PLACE]))
+        folder.write_part(f"ordered-{token}-{number:06d}", table.drop_columns([PLACE]))
     for name in before:
         folder.storage.remove(name)
 
 
-_PLACE = "sere_file"
-
-
-def _add_place(table: pa.Table, *, places: dict[str, int]) -> pa.Table:
-    numbers = [places[name] for name in table["source_file"].to_pylist()]
-    return table.append_column(_PLACE, pa.array(numbers, pa.int64()))
+def _read_part(batch: dict[str, Any], *, folder: RunFolder, places: dict[str, int]) -> Iterator[pa.Table]:
+    for name in batch["name"]:
+        table = folder.read(str(name))
+        numbers = [places[file] for file in table["source_file"].to_pylist()]
+        yield table.append_column(PLACE, pa.array(numbers, pa.int64()))

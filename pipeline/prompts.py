@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from conf.schema import ConfigError, GenerateConfig, SamplingConfig, StructuredOutputConfig
-from pipeline.sources import PROBLEM
+from pipeline.sources import PROBLEM, template_columns
 
 ChatTemplate = Callable[[list[dict[str, Any]], dict[str, Any]], str]
 
@@ -41,25 +41,33 @@ class RequestMaker:
         self._config = config
         self._apply_chat_template = apply_chat_template
         self._sampling = _arguments(config.sampling)
+        self._columns = {PROBLEM, config.sampling_column, config.lora_column, config.messages_column or config.prompt_column}
         self._template = None
         if config.template is not None:
             from jinja2 import StrictUndefined
             from jinja2.sandbox import SandboxedEnvironment
 
+            self._columns |= template_columns(config.template)
             self._template = SandboxedEnvironment(undefined=StrictUndefined).from_string(config.template)
 
     def __call__(self, table: pa.Table) -> list[Request]:
         """One request a row, in order."""
-        return [self._request(row) for row in table.to_pylist()]
+        # No other columns: a value in them that Python cannot hold does no harm.
+        table = table.select([name for name in table.column_names if name in self._columns])
+        return [self._request(table, index) for index in range(len(table))]
 
-    def _request(self, row: dict[str, Any]) -> Request:
-        problem = row.pop(PROBLEM, "")
-        if problem:
-            return Request(problem=problem)
+    def _request(self, table: pa.Table, index: int) -> Request:
         try:
+            (row,) = table.slice(index, 1).to_pylist()
+            problem = row.pop(PROBLEM, "")
+            if problem:
+                return Request(problem=problem)
             return Request(self._prompt(row), self._sampling_of(row), self._lora(row))
         except _BadRowError as error:
             return Request(problem=str(error))
+        except Exception as error:
+            # What is in a row is its own trouble, whatever it is.
+            return Request(problem=f"{type(error).__name__}: {error}")
 
     def _prompt(self, row: dict[str, Any]) -> str:
         config = self._config
@@ -159,6 +167,8 @@ def _typed(name: str, value: Any, default: Any) -> Any:
         given = {key: item for key, item in value.items() if item is not None}
         if set(given) - {field.name for field in dataclasses.fields(StructuredOutputConfig)}:
             raise ConfigError(f"{name} must have one of json, regex, choice and grammar, got {value!r}")
+        if not isinstance(given.get("choice", []), list):
+            raise ConfigError(f"choice must be a list, got {given['choice']!r}")
         return StructuredOutputConfig(**{key: tuple(item) if key == "choice" else item for key, item in given.items()})
     if isinstance(default, tuple):
         kind = str if name == "stop" else int

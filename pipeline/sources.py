@@ -26,6 +26,8 @@ from pipeline.rows import RESULT_SCHEMA
 from pipeline.storage import open_filesystem
 
 PROBLEM = "sere_problem"
+PLACE = "sere_file"
+"""Number of a row's file, while rows are put in order."""
 _LINES = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".txt": "text", ".text": "text"}
 _SUFFIXES = {".parquet": "parquet", **_LINES}
 _COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
@@ -113,7 +115,7 @@ def _is_saved_dataset(data: str) -> bool:
 
 
 def _list(filesystem: Any, root: str) -> list[str]:
-    if glob.has_magic(root):
+    if glob.has_magic(root) and not filesystem.exists(root):
         return sorted(path for path in filesystem.glob(root) if filesystem.isfile(path))
     if filesystem.isfile(root):
         return [root]
@@ -125,7 +127,7 @@ def _list(filesystem: Any, root: str) -> list[str]:
 
 
 def _kind(path: str) -> str | None:
-    stem, suffix = os.path.splitext(path)
+    stem, suffix = os.path.splitext(path.lower())
     return _SUFFIXES.get(os.path.splitext(stem)[1] if suffix in _COMPRESSIONS else suffix)
 
 
@@ -191,23 +193,35 @@ def _check_columns(source: Source) -> None:
     elif config.template is None:
         wanted["prompt_column"] = config.prompt_column
     else:
-        for name in sorted(_template_columns(config.template)):
+        for name in sorted(template_columns(config.template)):
             wanted[f"template (it uses {name!r})"] = name
     for key, column in wanted.items():
         if column is not None and column not in schema.names:
             raise ConfigError(f"{shown} has no column {column!r} (there: {', '.join(schema.names)}): set {key}")
     for name in schema.names:
-        if name in RESULT_SCHEMA.names or name == PROBLEM:
+        if name in RESULT_SCHEMA.names or name in (PROBLEM, PLACE):
             raise ConfigError(f"{shown} has a column {name!r}, which the result would overwrite: rename it")
         if schema.names.count(name) > 1:
             raise ConfigError(f"{shown} has two columns {name!r}: rename one")
+    if config.id_column in RESULT_SCHEMA.names:
+        raise ConfigError(f"id_column {config.id_column!r} is a column of the results: choose another name")
+    for column in config.order_by:
+        if column not in schema.names or pa.types.is_nested(schema.field(column).type):
+            raise ConfigError(
+                f"{shown} has no column {column!r} of plain values (there: {', '.join(schema.names)}): set order_by"
+            )
     if "prompt_column" in wanted:
         kind = schema.field(config.prompt_column).type
         if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)):
             raise ConfigError(f"column {config.prompt_column!r} of {shown} is {kind}, not text: set prompt_column")
 
 
-def _template_columns(template: str) -> set[str]:
+def template_columns(template: str) -> set[str]:
+    """The columns that a template uses.
+
+    Raises:
+        ConfigError: if it is no template.
+    """
     import jinja2
     import jinja2.meta
 
@@ -322,7 +336,10 @@ def _csv_rows(lines: io.TextIOWrapper, delimiter: str) -> Iterator[tuple[dict[st
     # A field may hold a long document.
     csv.field_size_limit(2**31 - 1)
     reader = csv.reader(lines, delimiter=delimiter)
-    header = next(reader, None)
+    header = next(reader, [])
+    if len(set(header)) < len(header):
+        name = next(name for name in header if header.count(name) > 1)
+        raise ConfigError(f"a CSV file has two columns {name!r}: rename one")
     while True:
         try:
             fields = next(reader)
@@ -343,7 +360,15 @@ def _csv_rows(lines: io.TextIOWrapper, delimiter: str) -> Iterator[tuple[dict[st
 
 def _schema_of(rows: list[dict[str, Any]]) -> pa.Schema:
     names = list(dict.fromkeys(name for row in rows for name in row))
-    return pa.schema([(name, _array([row.get(name) for row in rows], None).type) for name in names])
+    kinds = {name: _array([row.get(name) for row in rows], None).type for name in names}
+    return pa.schema([(name, pa.string() if _has_empty_struct(kind) else kind) for name, kind in kinds.items()])
+
+
+def _has_empty_struct(kind: pa.DataType) -> bool:
+    """What parquet cannot hold."""
+    if pa.types.is_struct(kind):
+        return not kind.num_fields or any(_has_empty_struct(kind.field(number).type) for number in range(kind.num_fields))
+    return pa.types.is_list(kind) and _has_empty_struct(kind.value_type)
 
 
 def _array(values: list[Any], kind: pa.DataType | None) -> pa.Array:
@@ -353,7 +378,7 @@ def _array(values: list[Any], kind: pa.DataType | None) -> pa.Array:
             return pa.array(values, kind)
     except (pa.ArrowException, OverflowError, TypeError, ValueError):
         pass
-    texts = [v if v is None or isinstance(v, str) else json.dumps(v, ensure_ascii=False) for v in values]
+    texts = [v if v is None or isinstance(v, str) else json.dumps(v, ensure_ascii=False, default=str) for v in values]
     # A lone surrogate, which JSON allows and UTF-8 does not.
     return pa.array([None if text is None else text.encode("utf-8", "replace").decode() for text in texts], pa.string())
 

@@ -14,7 +14,7 @@ from calibration_jobs.tracking import resume, track
 from conf.load import load_config
 from conf.schema import ConfigError, GenerateConfig, SweepConfig
 from pipeline.generate import generate
-from pipeline.job import flatten
+from pipeline.job import flatten, settings_digest
 from pipeline.report import compare
 from pipeline.storage import Storage
 from pipeline.summary import print_summary
@@ -75,7 +75,11 @@ def expand(config: SweepConfig) -> list[Point]:
             point = {**settings, **({"reroute.policy": policy} if policy else {})}
             ignored = {f"reroute.{name}" for name in _IGNORED.get(policy, ())}
             point = {key: value for key, value in point.items() if key not in ignored}
-            found.setdefault(_name({"reroute.policy": policy or "", **point}).strip(","), point)
+            name = _name({"reroute.policy": policy or "", **point}).strip(",")
+            if found.get(name, point) != point:
+                # Values that differ only in what a file's name cannot have.
+                name += "," + settings_digest(point)[:8]
+            found.setdefault(name, point)
     points = []
     for name, settings in found.items():
         tracking = {"uri": config.tracking.uri, "experiment": config.tracking.experiment, "run_name": name}

@@ -45,7 +45,7 @@ def rows(folder):
     """Evaluation prompts with extra columns, three of which cannot be answered."""
     rows = pq.read_table(ROOT / "assets" / "evaluation.parquet").to_pylist()[:60]
     for number, row in enumerate(rows):
-        row |= {"model": "a column ray.data.llm would misread", "number": number, "tags": ["x"] * (number % 3)}
+        row |= {"model": "a column", "number": number, "tags": ["x"] * (number % 3), "meta": {}}
     rows[3]["prompt"], rows[10]["prompt"], rows[20]["prompt"] = None, "", "x" * 300
     (folder / "data").mkdir()
     for part in range(2):
@@ -110,7 +110,7 @@ def test_generation_and_comparison(calibrated, rows, folder):
     result = generate(folder, "sere", *settings)
     assert [row["id"] for row in result.to_pylist()] == [row["id"] for row in rows], "every row, in order"
     for expected, row in zip(rows, result.to_pylist(), strict=True):
-        assert {key: row[key] for key in expected} == expected, "the input's columns come back"
+        assert {key: row[key] for key in expected} == expected | {"meta": "{}"}, "the input's columns come back"
         if not expected["prompt"] or len(expected["prompt"]) == 300:
             assert row["error"] and row["generated_text"] is None and row["num_generated_tokens"] is None
         else:
@@ -179,6 +179,9 @@ def test_chat_with_parameters_of_each_row(folder, chat_model):
         ("sort gzekfwdefg=", {"max_tokens": "two"}),
         ("sort gzekfwdefg=", {"structured_output": {"regex": "[0-9]{3}"}}),
         (None, None),
+        ("add 455+116=", {"seed": 10**30}),
+        ("add 455+116=", {"structured_output": {"choice": 5}}),
+        ("add 455+116=", {"structured_output": {"regex": "("}}),
     ]
     rows = [
         {"m": [{"role": "user", "content": text}] if text else None, "s": None if values is None else json.dumps(values)}
@@ -194,10 +197,11 @@ def test_chat_with_parameters_of_each_row(folder, chat_model):
         "messages_column=m",
         "sampling_column=s",
         "preserve_order=false",
+        "order_by=[s]",
         "engine.max_replicas=2",
     )
     found = {row["source_row"]: row for row in result.to_pylist()}
-    assert sorted(found) == list(range(6)) and result.num_rows == 6
+    assert sorted(found) == list(range(9)) and result.num_rows == 9
     assert found[0]["generated_text"].strip() == "571" and found[0]["num_prompt_tokens"] == len("add 455+116=")
     assert found[1]["generated_text"] in ("yes", "no")
     assert found[2]["num_generated_tokens"] == 2 and found[2]["finish_reason"] == "length"
@@ -205,7 +209,7 @@ def test_chat_with_parameters_of_each_row(folder, chat_model):
     assert len(found[4]["generated_text"]) == 3 and found[4]["generated_text"].isdigit()
     assert found[5]["error"] == "m is null"
     errors = pq.read_table(folder / "chat" / "errors.parquet")
-    assert sorted(errors["source_row"].to_pylist()) == [3, 5]
+    assert sorted(errors["source_row"].to_pylist()) == [3, 5, 6, 7, 8]
 
 
 def test_too_many_errors_end_the_job(folder):
@@ -213,3 +217,9 @@ def test_too_many_errors_end_the_job(folder):
     settings = [f"data={folder}/bad.jsonl", f"output={folder}/bad", "tracking.uri=", "reroute=null", "max_error_ratio=0.1"]
     error = sere("generate", "conf/generate.yaml", *settings, status=2)
     assert "rows failed, more than max_error_ratio 0.1 allows: prompt is null" in error and "Traceback" not in error
+
+
+def test_a_model_without_chat_template_is_refused(folder):
+    (folder / "m.jsonl").write_text(json.dumps({"m": [{"role": "user", "content": "a"}]}))
+    settings = [f"data={folder}/m.jsonl", f"output={folder}/m", "tracking.uri=", "reroute=null", "messages_column=m"]
+    assert "has no chat template" in sere("generate", "conf/generate.yaml", *settings, status=2)

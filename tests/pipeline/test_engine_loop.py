@@ -23,8 +23,13 @@ class Engine:
 
     def add_request(self, name, prompt, parameters, lora_request=None):
         if prompt == "refuse":
+            # Half way, as vLLM may.
+            self.waiting.append((name, "kill"))
             raise ValueError("too long")
         self.waiting.append((name, prompt))
+
+    def abort_request(self, names):
+        self.waiting = [item for item in self.waiting if item[0] not in names]
 
     def has_unfinished_requests(self):
         return bool(self.waiting)

@@ -39,3 +39,11 @@ def test_numbers_as_references():
 def test_no_references():
     made = scores(generated_text=["a"])
     assert made["hit"].to_pylist() == [None] and exact_match(made) == {}
+
+
+def test_references_of_any_type():
+    """Scores are no reason for a job to fail at its end."""
+    table = pa.table({"reference": [["a"]], "task": [{"k": 1}], "generated_text": ["a"], "error": pa.nulls(1, pa.string())})
+    table = table.append_column("source_file", [["f"]]).append_column("source_row", [[0]])
+    (row,) = score(table, reference_column="reference", task_column="task").to_pylist()
+    assert row["hit"] is False and row["task"] == '{"k": 1}'

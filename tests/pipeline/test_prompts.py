@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from conf.schema import EngineConfig, GenerateConfig, SamplingConfig, StructuredOutputConfig
 from pipeline.prompts import RequestMaker
+from pipeline.sources import PROBLEM
 
 
 def make(rows, *, chat=None, **changes):
@@ -76,7 +77,7 @@ def test_sampling_of_a_row():
         ('{"temperature": "hot"}', "temperature must be float, got 'hot'"),
         ('{"temperature": -1}', "temperature must be at least 0"),
         ('{"max_tokens": 1.5}', "max_tokens must be int"),
-        ('{"max_tokens": 0}', "max_tokens must be at least 1"),
+        ('{"max_tokens": 0}', "max_tokens must be between 1 and"),
         ('{"ignore_eos": 1}', "ignore_eos must be bool"),
         ('{"stop": "x"}', "stop must be a list of str"),
         ('{"structured_output": {"json": {}, "regex": "x"}}', "exactly one of"),
@@ -104,3 +105,21 @@ def test_adapters():
     )
     assert [request.lora for request in found[:2]] == ["a", None]
     assert "'b' is none of engine.lora_adapters (a)" in found[2].problem
+
+
+@pytest.mark.parametrize(
+    "value",
+    ['{"seed": 1%s}' % ("0" * 30), '{"max_tokens": 1%s}' % ("0" * 400), "[" * 100_000, '{"structured_output": {"choice": 5}}'],
+)
+def test_a_row_that_asks_for_the_impossible_fails_alone(value):
+    table = pa.table({"prompt": ["a", "b"], "s": [value, None], PROBLEM: ["", ""]})
+    one, two = RequestMaker(GenerateConfig(model="m", data="d", output="o", sampling_column="s"))(table)
+    assert one.problem and two.problem is None and two.prompt == "b"
+
+
+def test_columns_that_are_not_asked_for_do_no_harm():
+    far = pa.array([2**62], pa.timestamp("s"))
+    (request,) = RequestMaker(GenerateConfig(model="m", data="d", output="o"))(
+        pa.table({"prompt": ["a"], "far": far, PROBLEM: [""]})
+    )
+    assert request.problem is None

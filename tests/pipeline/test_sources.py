@@ -233,3 +233,21 @@ def test_a_file_in_a_store_is_known_by_its_tag(s3_bucket):
     filesystem.pipe_file(f"{root}/a.jsonl", LINES.replace("p1", "q1").encode())
     filesystem.invalidate_cache()
     assert open_source(f"{s3_bucket}/in/*.jsonl").fingerprints != one
+
+
+def test_two_columns_of_one_name(tmp_path):
+    (tmp_path / "a.csv").write_text("prompt,prompt\na,b\n")
+    with pytest.raises(ConfigError, match="two columns 'prompt'"):
+        open_source(tmp_path / "a.csv")
+
+
+def test_names_that_look_like_globs(tmp_path):
+    (tmp_path / "data[1].JSONL").write_text('{"prompt": "a", "meta": {}}')
+    assert [prompt for _, _, prompt, _ in prompts(tmp_path / "data[1].JSONL")] == ["a"]
+
+
+@pytest.mark.parametrize(("changes", "words"), [({"order_by": ("x",)}, "set order_by"), ({"id_column": "error"}, "id_column")])
+def test_columns_that_cannot_be(tmp_path, changes, words):
+    (tmp_path / "a.txt").write_text("a")
+    with pytest.raises(ConfigError, match=words):
+        open_source(tmp_path / "a.txt", **changes)
