@@ -31,7 +31,7 @@ from pipeline.job import (
     settings_digest,
     write_manifest,
 )
-from pipeline.monitor import Monitor
+from pipeline.monitor import Monitor, check_errors
 from pipeline.rows import Answer, answer_table
 from pipeline.run_folder import KEY, Finished, RunFolder, to_parquet
 from pipeline.sources import PLACE, Source, describe_file, find_sources, read_file, unify
@@ -257,7 +257,11 @@ def _finish(config: GenerateConfig, source: Source, folder: RunFolder, tracker: 
         scores.append(score(table, reference_column=config.reference_column, task_column=config.task_column))
         errors.append(table.filter(pc.is_valid(table["error"])))
         sums["prompt_tokens"] += pc.sum(table["num_prompt_tokens"]).as_py() or 0
-    folder.storage.put("errors.parquet", to_parquet(pa.concat_tables(errors)))
+    failed = pa.concat_tables(errors)
+    folder.storage.put("errors.parquet", to_parquet(failed))
+    first, where = failed["error"][:3].to_pylist(), folder.storage.shown
+    # Also where the driver that saw it is gone.
+    check_errors(config, num_rows=finished.num_rows, num_errors=finished.num_errors, first=first, where=where)
     sessions = read_sessions(folder)
     all_scores = pa.concat_tables(scores)
     metrics = {

@@ -146,13 +146,20 @@ class Monitor:
 
     def _judge(self, handles: list["Handle"], num_rows: int, num_errors: int) -> None:
         rows, errors = num_rows + self._before.num_rows, num_errors + self._before.num_errors
-        if errors > self._config.max_error_ratio * max(rows, _LEAST_ROWS_JUDGED):
-            first = [text for handle in handles for text in handle.status.first_errors][:3]
-            raise ConfigError(
-                f"{errors} of {rows} rows failed, more than max_error_ratio {self._config.max_error_ratio:g} allows: "
-                f"{'; '.join(' '.join(text.split())[:200] for text in first)}. Mend the cause, or raise "
-                f"max_error_ratio; rows with errors are in {self._folder.storage.shown}/results"
-            )
+        first = [text for handle in handles for text in handle.status.first_errors]
+        check_errors(self._config, num_rows=rows, num_errors=errors, first=first, where=self._folder.storage.shown)
+
+
+def check_errors(config: GenerateConfig, *, num_rows: int, num_errors: int, first: list[str], where: str) -> None:
+    """Raises:
+    ConfigError: if more rows have errors than `max_error_ratio` allows.
+    """
+    if num_errors > config.max_error_ratio * max(num_rows, _LEAST_ROWS_JUDGED):
+        raise ConfigError(
+            f"{num_errors} of {num_rows} rows failed, more than max_error_ratio {config.max_error_ratio:g} allows: "
+            f"{'; '.join(' '.join(text.split())[:200] for text in first[:3])}. Mend the cause, or raise max_error_ratio; rows "
+            f"with errors are in {where}/results"
+        )
 
 
 def _sum_counters(handles: list["Handle"]) -> dict[str, dict[str, int]]:

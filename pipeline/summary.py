@@ -38,4 +38,4 @@ def summary_lines(summary: "Summary") -> list[str]:
 
 def print_summary(summary: "Summary", console: "Console") -> None:
     for line in summary_lines(summary):
-        console.print(line, soft_wrap=True, highlight=False)
+        console.print(line, soft_wrap=True, highlight=False, markup=False)

@@ -217,6 +217,9 @@ def test_too_many_errors_end_the_job(folder):
     settings = [f"data={folder}/bad.jsonl", f"output={folder}/bad", "tracking.uri=", "reroute=null", "max_error_ratio=0.1"]
     error = sere("generate", "conf/generate.yaml", *settings, status=2)
     assert "rows failed, more than max_error_ratio 0.1 allows: prompt is null" in error and "Traceback" not in error
+    # The same command does not let them pass because nothing is left to do.
+    error = sere("generate", "conf/generate.yaml", *settings, status=2)
+    assert "rows failed, more than max_error_ratio" in error
 
 
 def test_a_model_without_chat_template_is_refused(folder):
