@@ -328,6 +328,8 @@ def _rows(source: Source, file: SourceFile) -> Iterator[tuple[dict[str, Any] | N
                     row = json.loads(line)
                 except (ValueError, RecursionError):
                     row = None
+                if number == 1 and (isinstance(row, list) or line.strip() == "["):
+                    raise ValueError("it is one JSON array, where one object a line is needed: jq -c '.[]' converts it")
                 good = isinstance(row, dict)
                 yield (row if good else None), ("" if good else f"line {number} is not a JSON object")
 
@@ -335,17 +337,21 @@ def _rows(source: Source, file: SourceFile) -> Iterator[tuple[dict[str, Any] | N
 def _csv_rows(lines: io.TextIOWrapper, delimiter: str) -> Iterator[tuple[dict[str, Any] | None, str]]:
     # A field may hold a long document.
     csv.field_size_limit(2**31 - 1)
-    reader = csv.reader(lines, delimiter=delimiter)
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
     header = next(reader, [])
     if len(set(header)) < len(header):
         name = next(name for name in header if header.count(name) > 1)
-        raise ConfigError(f"a CSV file has two columns {name!r}: rename one")
+        raise ValueError(f"two columns are named {name!r}")
     while True:
+        first = reader.line_num + 1
         try:
             fields = next(reader)
         except StopIteration:
             return
         except csv.Error as error:
+            if "end of data" in str(error):
+                # The rest of the file would pass for one field of one bad row.
+                raise ValueError(f"the row of line {first} opens a quote that nothing closes") from error
             yield None, f"line {reader.line_num} is malformed: {error}"
             continue
         if not fields:

@@ -237,8 +237,24 @@ def test_a_file_in_a_store_is_known_by_its_tag(s3_bucket):
 
 def test_two_columns_of_one_name(tmp_path):
     (tmp_path / "a.csv").write_text("prompt,prompt\na,b\n")
-    with pytest.raises(ConfigError, match="two columns 'prompt'"):
+    with pytest.raises(ConfigError, match=r"a.csv cannot be read .two columns are named 'prompt'"):
         open_source(tmp_path / "a.csv")
+
+
+def test_a_quote_that_is_never_closed_does_not_swallow_the_rows_below(tmp_path):
+    (tmp_path / "a.csv").write_text('prompt,n\na,1\n"b,2\nc,3\n')
+    with pytest.raises(ConfigError, match=r"a.csv cannot be read .the row of line 3 opens a quote"):
+        open_source(tmp_path / "a.csv")
+    (tmp_path / "a.csv").write_text('prompt,n\na,1\n"b"b,2\n"c\nd",3\n')
+    rows = prompts(tmp_path / "a.csv")
+    assert [prompt for _, _, prompt, _ in rows] == ["a", None, "c\nd"] and "line 3 is malformed" in rows[1][3]
+
+
+@pytest.mark.parametrize("text", ['[{"prompt": "a"}]', '[\n{"prompt": "a"}\n]'])
+def test_a_json_array_is_told_from_bad_lines(tmp_path, text):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(ConfigError, match="one JSON array"):
+        open_source(tmp_path / "a.json")
 
 
 def test_names_that_look_like_globs(tmp_path):
