@@ -2,14 +2,13 @@
 
 import logging
 import os
-import signal
-import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from calibration_jobs.interrupts import end_in_order_on_sigterm
 from conf.schema import ConfigError
 
 # A worker that dies this often on the same task is not unlucky.
@@ -38,15 +37,14 @@ def start_ray(num_cpus: float) -> None:
     if not ray.is_initialized():
         local: dict[str, Any] = {}
         if not os.environ.get("RAY_ADDRESS"):
-            # Without "local" Ray would join whatever cluster it finds on this machine.
             # Ray would run workers at nice 15, behind whatever else this machine does.
             os.environ.setdefault("RAY_worker_niceness", "0")
+            # Without "local" Ray would join whatever cluster it finds on this machine.
             local = {"address": "local", "num_cpus": max(os.cpu_count() or 1, int(num_cpus) + 1)}
         # Workers' own output stays in their log files (under /tmp/ray); the jobs print progress and errors.
         ray.init(include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False, **local)
-        if threading.current_thread() is threading.main_thread():
-            # What schedulers send before they take a machine away ends a job in order, like Ctrl-C. Ray sets a handler too.
-            signal.signal(signal.SIGTERM, signal.default_int_handler)
+        # Ray sets a handler of its own.
+        end_in_order_on_sigterm()
 
 
 def check_room(*, num_cpus: float, num_gpus: float) -> None:

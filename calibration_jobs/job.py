@@ -56,7 +56,7 @@ def _calibrate_shards(tasks: TaskRunner, plan: Plan, tracker: NullTracker) -> tu
     done_tokens = 0
     for task, (_, info) in tasks.run([Task(s.name, "sums", (s.rows, plan.domains)) for s in plan.shards], "Calibrating"):
         done_tokens += info["num_tokens"][ALL]
-        tracker.log_metrics(
+        tracker.log_progress(
             {"progress/tokens": done_tokens, "progress/worker_peak_memory_mib": info["peak_memory_bytes"] / 2**20},
             step=by_name[task.name].index,
         )

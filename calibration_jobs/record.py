@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from calibration_jobs.mlflow_store import CANDIDATE, CHAMPION, REGISTRY_SCHEME, alias_version, resolve_artifact
 from calibration_jobs.models import ModelFacts
-from calibration_jobs.tracking import CANDIDATE, CHAMPION, REGISTRY_SCHEME, NullTracker, alias_version, resolve_artifact
+from calibration_jobs.tracking import NullTracker
 from conf.schema import CalibrateConfig, ConfigError
 
 if TYPE_CHECKING:

@@ -1,31 +1,35 @@
-"""Runs, metrics, pictures, model versions and aliases: the only user of MLflow. `track` with an empty URI records nothing."""
+"""Recording a run in MLflow. `track` with an empty URI records nothing.
+
+What is recorded in the main thread is not interrupted half way; what only says how far a job is, is sent in the background.
+"""
 
 import dataclasses
 import hashlib
 import json
 import logging
-import os
 import re
-import socket
 import subprocess
+import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
+from calibration_jobs.interrupts import uninterrupted
+from calibration_jobs.mlflow_store import first_line, quiet, unusable, use_experiment, use_store
 from conf.masking import mask_uri, mask_values
-from conf.schema import ConfigError, TrackingConfig
+from conf.schema import TrackingConfig
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_PORTS = {"http": 80, "https": 443}
-REGISTRY_SCHEME = "models:/"
-CANDIDATE, CHAMPION = "candidate", "champion"
-"""Aliases: the newest version, and the one that was chosen."""
 _MAX_METRIC_NAME = 250
 _MAX_PARAM_LENGTH = 500
+# Metrics of progress that wait to be sent; more are left out.
+_MAX_WAITING = 100
+
+_log = logging.getLogger(__name__)
 
 
 def _metric_name(name: str) -> str:
@@ -47,6 +51,9 @@ class NullTracker:
 
     def log_metrics(self, metrics: Mapping[str, float], *, step: int = 0) -> None:
         """Record numbers."""
+
+    def log_progress(self, metrics: Mapping[str, float], *, step: int) -> None:
+        """Record numbers of a moment, in the background: a store that does not answer neither ends the job nor holds it up."""
 
     def log_figure(self, figure: "Figure", path: str) -> None:
         """Record a picture under `path` among the run's artifacts."""
@@ -76,7 +83,34 @@ class MlflowTracker(NullTracker):
 
     def __init__(self, run_id: str) -> None:
         self.run_id = run_id
+        self._sender = ThreadPoolExecutor(1, thread_name_prefix="mlflow")
+        self._waiting: list[Future[None]] = []
+        self._is_losing = False
 
+    def close(self) -> None:
+        """Send what waits, unless the store does not take it."""
+        self._sender.shutdown(wait=True, cancel_futures=self._is_losing)
+
+    def log_progress(self, metrics: Mapping[str, float], *, step: int) -> None:
+        self._waiting = [sent for sent in self._waiting if not sent.done()]
+        if len(self._waiting) < _MAX_WAITING:
+            self._waiting.append(self._sender.submit(self._send, metrics, step, int(time.time() * 1000)))
+
+    def _send(self, metrics: Mapping[str, float], step: int, timestamp: int) -> None:
+        import mlflow
+
+        named = {_metric_name(key): float(value) for key, value in metrics.items()}
+        try:
+            # The active run is one of the main thread.
+            mlflow.log_metrics(named, step=step, run_id=self.run_id, timestamp=timestamp)
+            self._is_losing = False
+        except Exception as error:
+            # Also what the network and the database raise. Nothing of it is worth a job.
+            if not self._is_losing:
+                _log.warning("MLflow does not take metrics of the progress; the job goes on: %s", first_line(error))
+            self._is_losing = True
+
+    @uninterrupted()
     def log_config(self, config: Any) -> None:
         import mlflow
 
@@ -84,6 +118,7 @@ class MlflowTracker(NullTracker):
         mlflow.log_dict(values, "config.json")
         self.log_params(dict(_leaves(values)))
 
+    @uninterrupted()
     def log_params(self, params: Mapping[str, Any]) -> None:
         import mlflow
 
@@ -92,21 +127,25 @@ class MlflowTracker(NullTracker):
         new = {key: str(value)[:_MAX_PARAM_LENGTH] for key, value in params.items() if key not in known}
         mlflow.log_params(new)
 
+    @uninterrupted()
     def log_metrics(self, metrics: Mapping[str, float], *, step: int = 0) -> None:
         import mlflow
 
         mlflow.log_metrics({_metric_name(key): float(value) for key, value in metrics.items()}, step=step)
 
+    @uninterrupted()
     def log_values(self, values: Mapping[str, Any], path: str) -> None:
         import mlflow
 
         mlflow.log_dict(dict(values), path)
 
+    @uninterrupted()
     def log_figure(self, figure: "Figure", path: str) -> None:
         import mlflow
 
         mlflow.log_figure(figure, path)
 
+    @uninterrupted()
     def log_dataset(self, *, source: str, digest: str, num_rows: int, context: str) -> None:
         import mlflow
         from mlflow.entities import Dataset, DatasetInput, InputTag
@@ -121,6 +160,7 @@ class MlflowTracker(NullTracker):
         tag = InputTag(key="mlflow.data.context", value=context)
         mlflow.MlflowClient().log_inputs(self.run_id, datasets=[DatasetInput(dataset, [tag])])
 
+    @uninterrupted()
     def register_artifact(self, file: Path, *, name: str, alias: str, tags: Mapping[str, str]) -> str | None:
         import mlflow
         from mlflow.exceptions import MlflowException
@@ -141,11 +181,13 @@ class MlflowTracker(NullTracker):
         client.set_registered_model_alias(name, alias, version)
         return version
 
+    @uninterrupted()
     def log_file(self, file: Path) -> None:
         import mlflow
 
         mlflow.log_artifact(str(file))
 
+    @uninterrupted()
     def set_alias(self, name: str, alias: str, version: str) -> None:
         import mlflow
 
@@ -158,61 +200,6 @@ def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield from _leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
-
-
-def _quiet() -> None:
-    # Git is looked up for a tag of the run; a missing one is no reason for a warning.
-    os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
-    # Otherwise every new SQLite file announces its tables, and system metrics say that they begin and end.
-    for name in ("mlflow.store.db.utils", "mlflow.system_metrics.system_metrics_monitor"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-
-
-def use_store(uri: str) -> None:
-    """Point MLflow to a store; an SQLite file's folder is made.
-
-    Raises:
-        ConfigError: if the store cannot be opened.
-    """
-    _quiet()
-    import mlflow
-    from mlflow.exceptions import MlflowException
-
-    try:
-        if uri.startswith("sqlite:///"):
-            Path(uri.removeprefix("sqlite:///")).absolute().parent.mkdir(parents=True, exist_ok=True)
-        elif uri.startswith(("http://", "https://")):
-            # MLflow itself retries for minutes without a word.
-            address = urlsplit(uri)
-            socket.create_connection((address.hostname, address.port or _PORTS[address.scheme]), timeout=10).close()
-        mlflow.set_tracking_uri(uri)
-        mlflow.MlflowClient()
-    except (OSError, ValueError, MlflowException) as error:
-        raise _unusable(uri, error) from error
-
-
-def _unusable(uri: str, error: Exception) -> ConfigError:
-    return ConfigError(
-        f"MLflow store {mask_uri(uri)!r} cannot be used ({mask_uri(str(error).splitlines()[0])}): check tracking.uri"
-    )
-
-
-def use_experiment(config: TrackingConfig) -> str:
-    """Make the experiment if needed and return its id. With SQLite, artifacts go beside the database file."""
-    import mlflow
-    from mlflow.exceptions import MlflowException
-
-    use_store(config.uri)
-    try:
-        experiment = mlflow.get_experiment_by_name(config.experiment)
-        if experiment is None:
-            location = None
-            if config.uri.startswith("sqlite:///"):
-                location = (Path(config.uri.removeprefix("sqlite:///")).absolute().parent / "mlartifacts").as_uri()
-            mlflow.create_experiment(config.experiment, artifact_location=location)
-        return mlflow.set_experiment(config.experiment).experiment_id
-    except MlflowException as error:
-        raise _unusable(config.uri, error) from error
 
 
 def source_commit() -> str:
@@ -238,6 +225,9 @@ def track(
 ) -> Iterator[NullTracker]:
     """A run that ends FINISHED, or FAILED if the block raises.
 
+    Raises:
+        ConfigError: if the store cannot be used, now or later; what the block had finished by then stays.
+
     Args:
         config: Where to record; an empty `uri` records nothing.
         kind: Tag `sere.kind`: calibrate, generate or sweep.
@@ -249,8 +239,9 @@ def track(
     if not config.uri:
         yield NullTracker()
         return
-    _quiet()
+    quiet()
     import mlflow
+    from mlflow.exceptions import MlflowException
 
     experiment_id = use_experiment(config)
     tags = {"sere.kind": kind, "sere.commit": source_commit()}
@@ -261,8 +252,30 @@ def track(
         options |= {"experiment_id": experiment_id, "run_name": config.run_name or default_name}
     if parent_run_id is not None:
         options |= {"nested": True, "parent_run_id": parent_run_id}
-    with mlflow.start_run(tags=tags, **options) as run:
-        yield MlflowTracker(run.info.run_id)
+    tracker, status = None, "FAILED"
+    try:
+        with uninterrupted():
+            tracker = MlflowTracker(mlflow.start_run(tags=tags, **options).info.run_id)
+        yield tracker
+        status = "FINISHED"
+    except MlflowException as error:
+        raise unusable(config.uri, error) from error
+    finally:
+        if tracker is not None:
+            with uninterrupted():
+                tracker.close()
+                _end_run(config.uri, status)
+
+
+def _end_run(uri: str, status: str) -> None:
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    try:
+        mlflow.end_run(status)
+    except MlflowException as error:
+        # What the job had to record is there, or its error is the one to be told.
+        _log.warning("%s; the run stays marked as running", unusable(uri, error))
 
 
 def resume(config: TrackingConfig, run_id: str | None) -> str | None:
@@ -278,143 +291,3 @@ def resume(config: TrackingConfig, run_id: str | None) -> str | None:
     except MlflowException:
         return None
     return run_id if run.info.lifecycle_stage == "active" else None
-
-
-def alias_version(uri: str, name: str, alias: str, *, not_from: str | None = None) -> str | None:
-    """The version that an alias of a registered model points to; None if there is none, or run `not_from` made it."""
-    use_store(uri)
-    import mlflow
-    from mlflow.exceptions import MlflowException
-
-    try:
-        found = mlflow.MlflowClient().get_model_version_by_alias(name, alias)
-        return None if not_from is not None and found.run_id == not_from else str(found.version)
-    except MlflowException as error:
-        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-            return None
-        raise _unusable(uri, error) from error
-
-
-def promote(version_uri: str, *, uri: str) -> tuple[str, str, str | None]:
-    """Move alias champion to a version given as `models:/NAME/VERSION` or `models:/NAME@ALIAS`.
-
-    Returns:
-        The model's name, the version, and the champion before (None: there was none).
-
-    Raises:
-        ConfigError: if the form is wrong or there is no such version.
-    """
-    match = re.fullmatch(r"models:/([^/@]+)(?:/(\d+)|@([^/@]+))", version_uri)
-    if match is None:
-        raise ConfigError(f"{version_uri!r} must be models:/NAME/VERSION or models:/NAME@ALIAS")
-    name, number, alias = match.groups()
-    version = number or alias_version(uri, name, alias)
-    use_store(uri)
-    import mlflow
-    from mlflow.exceptions import MlflowException
-
-    client = mlflow.MlflowClient()
-    try:
-        if version is None:
-            raise MlflowException(f"there is no alias {alias!r}")
-        client.get_model_version(name, version)
-        before = alias_version(uri, name, CHAMPION)
-        client.set_registered_model_alias(name, CHAMPION, version)
-    except MlflowException as error:
-        raise ConfigError(
-            f"{version_uri} cannot be promoted in {uri} ({str(error).splitlines()[0]}): look at the versions in the MLflow UI, "
-            "or give the tracking.uri of the calibration with --uri"
-        ) from error
-    return name, version, before
-
-
-def resolve_artifact(path_or_uri: str, *, tracking_uri: str | None, folder: Path) -> Path:
-    """The local path of an artifact given by path, or downloaded from the registry (`models:/NAME@ALIAS` or `/VERSION`).
-
-    Raises:
-        ConfigError: if the registry has no such version, or there is no registry.
-    """
-    if not path_or_uri.startswith(REGISTRY_SCHEME):
-        return Path(path_or_uri)
-    if not tracking_uri:
-        raise ConfigError(f"{path_or_uri} needs an MLflow store: set tracking.uri, or give a path")
-    use_store(tracking_uri)
-    import mlflow
-    from mlflow.exceptions import MlflowException
-
-    try:
-        return Path(mlflow.artifacts.download_artifacts(artifact_uri=path_or_uri, dst_path=str(folder)))
-    except MlflowException as error:
-        raise ConfigError(
-            f"{path_or_uri} cannot be read from {tracking_uri} ({str(error).splitlines()[0]}): run `sere calibrate` with this "
-            "tracking.uri, or give a path"
-        ) from error
-
-
-def read_runs(uri: str, experiment: str) -> list[dict[str, Any]]:
-    """The finished generate runs of an experiment, oldest first.
-
-    Returns:
-        Of each: `run_id`, `name`, `params`, `metrics`, `started_ms` (since 1970), `commit`, and `data_digest` ("" if unknown).
-
-    Raises:
-        ConfigError: if there is no such experiment.
-    """
-    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
-        raise ConfigError(f"no MLflow store at {uri}: give the tracking.uri of the runs with --uri")
-    use_store(uri)
-    import mlflow
-
-    found = mlflow.get_experiment_by_name(experiment)
-    if found is None:
-        names = ", ".join(e.name for e in mlflow.search_experiments()) or "none"
-        raise ConfigError(f"no experiment {experiment!r} in {uri} (there: {names}): name one, or set --uri")
-    runs = mlflow.search_runs(
-        [found.experiment_id],
-        filter_string="attributes.status = 'FINISHED' and tags.`sere.kind` = 'generate'",
-        order_by=["attributes.start_time ASC"],
-        output_format="list",
-    )
-    return [
-        {
-            "run_id": r.info.run_id,
-            "name": r.info.run_name,
-            "params": r.data.params,
-            "metrics": r.data.metrics,
-            "started_ms": r.info.start_time,
-            "commit": r.data.tags.get("sere.commit", "unknown"),
-            # A run that went on after an interruption may name its data twice.
-            "data_digest": " ".join(sorted({i.dataset.digest for i in r.inputs.dataset_inputs})),
-        }
-        for r in runs
-    ]
-
-
-def read_history(uri: str, run_id: str, metric: str) -> list[tuple[int, float]]:
-    """All values of a run's metric by step, in order; the last one where a step has several. Empty if there is none."""
-    use_store(uri)
-    import mlflow
-
-    values = mlflow.MlflowClient().get_metric_history(run_id, metric)
-    return sorted({v.step: v.value for v in sorted(values, key=lambda v: v.timestamp)}.items())
-
-
-def download_file(uri: str, run_id: str, path: str, *, folder: Path) -> Path | None:
-    """Download a file among a run's artifacts into `folder`; None if the run has none of that path.
-
-    Raises:
-        ConfigError: if the store of the artifacts cannot be read.
-    """
-    use_store(uri)
-    import mlflow
-    from mlflow.exceptions import MlflowException
-
-    try:
-        parent = path.rpartition("/")[0] or None
-        if path not in {item.path for item in mlflow.MlflowClient().list_artifacts(run_id, parent)}:
-            return None
-        return Path(mlflow.artifacts.download_artifacts(run_id=run_id, artifact_path=path, dst_path=str(folder)))
-    # Stores in a cloud need packages and credentials of their own; each fails in its way.
-    except (OSError, ImportError, MlflowException) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ConfigError(f"{path} of run {run_id} cannot be read ({reason}): check access to the artifact store") from error

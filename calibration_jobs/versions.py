@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calibration_jobs import tracking
+from calibration_jobs import mlflow_store
 from calibration_jobs.figures import best_metric, reference_errors, transfer_table
 from calibration_jobs.quality import agreement
 from conf.schema import ConfigError
@@ -21,7 +21,7 @@ _DIFFERENT = "different"
 def load(path_or_uri: str, *, uri: str | None) -> SimilarityArtifact:
     """An artifact given by path or `models:/NAME@ALIAS`."""
     with tempfile.TemporaryDirectory(prefix="sere-artifact-") as folder:
-        return SimilarityArtifact.load(tracking.resolve_artifact(path_or_uri, tracking_uri=uri, folder=Path(folder)))
+        return SimilarityArtifact.load(mlflow_store.resolve_artifact(path_or_uri, tracking_uri=uri, folder=Path(folder)))
 
 
 def _table(title: str, *columns: str) -> "Table":
@@ -199,5 +199,5 @@ def promote(version_uri: str, *, uri: str, console: "Console") -> None:
     Raises:
         ConfigError: if there is no such version.
     """
-    name, version, before = tracking.promote(version_uri, uri=uri)
+    name, version, before = mlflow_store.promote(version_uri, uri=uri)
     console.print(f"{name}: champion is version {version}, was {before or 'none'}", highlight=False)

@@ -17,7 +17,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from calibration_jobs.tracking import NullTracker, resolve_artifact, resume, track
+from calibration_jobs.mlflow_store import resolve_artifact
+from calibration_jobs.tracking import NullTracker, resume, track
 from conf.schema import ConfigError, GenerateConfig, RerouteConfig
 from pipeline.engines import ReplicaStarter, check_reroute, engine_kwargs, join_cluster, read_model_facts
 from pipeline.evaluate import exact_match, score

@@ -9,7 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from calibration_jobs.tracking import read_history
+from calibration_jobs.mlflow_store import read_history
 from conf.schema import ConfigError
 from pipeline import charts
 from pipeline.comparison import Row, difference

@@ -142,7 +142,7 @@ class Monitor:
             metrics[f"{prefix}/generated_tokens"] = status.generated_tokens
             self._last[handle.name] = status.counters
             metrics |= _recent(status.counters, before.get(handle.name, {}), prefix)
-        self._tracker.log_metrics(metrics, step=step)
+        self._tracker.log_progress(metrics, step=step)
 
     def _judge(self, handles: list["Handle"], num_rows: int, num_errors: int) -> None:
         rows, errors = num_rows + self._before.num_rows, num_errors + self._before.num_errors

@@ -5,7 +5,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from calibration_jobs.tracking import download_file, read_runs
+from calibration_jobs.mlflow_store import download_file, read_runs
 from conf.schema import ConfigError
 from pipeline.comparison import Row, difference, groups_of, rows_of
 from pipeline.html import write_report

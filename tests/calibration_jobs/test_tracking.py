@@ -1,9 +1,17 @@
 """Runs, versions and aliases in a real MLflow store."""
 
+import os
+import random
+import signal
+import threading
+import time
+
 import mlflow
 import pytest
 
-from calibration_jobs.tracking import NullTracker, read_runs, resolve_artifact, track
+from calibration_jobs.interrupts import uninterrupted
+from calibration_jobs.mlflow_store import read_history, read_runs, resolve_artifact
+from calibration_jobs.tracking import NullTracker, track
 from conf.schema import CalibrateConfig, ConfigError, TrackingConfig
 
 
@@ -70,3 +78,49 @@ def test_unknown_experiment(tracking):
         pass
     with pytest.raises(ConfigError, match=r"no experiment 'x' in .* \(there: e"):
         read_runs(tracking.uri, "x")
+
+
+def test_interrupted_at_any_moment_the_store_is_left_in_order(tracking):
+    """The database is not left locked, the interrupt is not lost, and the run says that it failed."""
+    rng = random.Random(0)
+    with track(tracking, kind="generate", default_name="first") as tracker:
+        tracker.log_metrics({"m": 0.0})
+    for number in range(20):
+        timer = threading.Timer(rng.uniform(0, 0.1), os.kill, (os.getpid(), signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt), track(tracking, kind="generate", default_name="n") as tracker:
+            timer.start()
+            for step in range(10_000):
+                tracker.log_metrics({f"m{step % 7}": step}, step=step)
+        timer.join()
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        assert mlflow.active_run() is None, number
+    runs = mlflow.search_runs(experiment_names=["e"], output_format="list")
+    assert sorted(run.info.status for run in runs) == ["FAILED"] * 20 + ["FINISHED"]
+
+
+def test_a_second_interrupt_does_not_wait():
+    with pytest.raises(KeyboardInterrupt), uninterrupted():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        pytest.fail("goes on")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_store_that_fails_meanwhile_holds_up_nothing(tracking, monkeypatch, caplog):
+    with track(tracking, kind="generate", default_name="n") as tracker:
+        tracker.log_progress({"progress/rows": 1}, step=1)
+        tracker._sender.submit(int).result()
+        monkeypatch.setattr(mlflow, "log_metrics", lambda *_, **__: time.sleep(0.02) or 1 / 0)
+        started = time.monotonic()
+        for step in range(10_000):
+            tracker.log_progress({"progress/rows": step}, step=step)
+        assert time.monotonic() - started < 3
+        tracker._sender.submit(int).result()
+        monkeypatch.undo()
+        tracker.log_progress({"progress/rows": 9}, step=9)
+        tracker._sender.submit(int).result()
+    assert read_history(tracking.uri, tracker.run_id, "progress/rows") == [(1, 1), (9, 9)]
+    assert caplog.text.count("does not take metrics") == 1
+    message = "the store is down"
+    with pytest.raises(ConfigError, match=message), track(tracking, kind="generate", default_name="n"):
+        raise mlflow.exceptions.MlflowException(message)

@@ -13,7 +13,8 @@ import torch
 from rich.console import Console
 
 from calibration_jobs import versions
-from calibration_jobs.tracking import alias_version, promote, resolve_artifact, resume, track
+from calibration_jobs.mlflow_store import alias_version, promote, resolve_artifact
+from calibration_jobs.tracking import resume, track
 from conf.schema import ConfigError, TrackingConfig
 from ops.similarity import SimilarityArtifact
 
