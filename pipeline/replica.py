@@ -5,6 +5,7 @@ is finished, whatever happens to it or to the driver.
 """
 
 import asyncio
+import gc
 import logging
 import os
 import shutil
@@ -167,6 +168,9 @@ class Replica:
 
         prompt = TokensPrompt(prompt_token_ids=[0] * 8)
         await self._requests.generate(prompt, SamplingParams(max_tokens=1))
+        # All that is there by now stays: looking through it for garbage takes half a second each time, in the midst of work.
+        gc.collect()
+        gc.freeze()
 
     def _fetch(self, name: str) -> Path:
         """A file of the run directory on this node's disk."""
