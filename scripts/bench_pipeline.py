@@ -37,11 +37,12 @@ def engine_arguments(model: str, *, max_num_seqs: int, eager: bool) -> dict:
 
 def run_bare(job: Path) -> None:
     """In a process of its own: one engine, all prompts in one call. Prints seconds and tokens as JSON."""
-    from vllm import LLM, SamplingParams
-
     settings = json.loads(job.read_text())
     prompts = pq.read_table(settings["data"])["prompt"].to_pylist()
+    # Importing vLLM is part of a replica's start, too.
     started = time.perf_counter()
+    from vllm import LLM, SamplingParams
+
     llm = LLM(**settings["engine"])
     # As a replica does at its start.
     llm.generate({"prompt_token_ids": [0] * 8}, SamplingParams(max_tokens=1), use_tqdm=False)

@@ -185,6 +185,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=report_path, help="writes OUT.md and OUT.json")
     arguments = parser.parse_args()
+    # A shell that starts this in the background ignores Ctrl-C in it and in the drivers.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     rng = random.Random(arguments.seed)
     nodes = Nodes()
     trials = []

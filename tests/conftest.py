@@ -1,6 +1,7 @@
 """Shared by all tests: the bundled model, an artifact for it, and a quiet environment."""
 
 import os
+import signal
 from pathlib import Path
 
 # Before anything imports vLLM or Ray: engines in this process, so that tests can look inside; nothing leaves the machine.
@@ -14,6 +15,9 @@ os.environ.update(
 )
 
 import pytest
+
+# Shells ignore Ctrl-C in what they start in the background, and so would the processes that tests send it to.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO_MODEL = ROOT / "assets" / "demo-moe"

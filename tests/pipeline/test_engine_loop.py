@@ -8,6 +8,7 @@ import pytest
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from pipeline.engine_loop import EngineLoop
+from pipeline.replica import Replica
 
 
 class Engine:
@@ -68,3 +69,16 @@ def test_a_dead_engine_fails_all_that_wait_and_all_that_come(prompt, cause):
     found, late = ask("a", prompt, "b")
     assert found[0].text == "A"
     assert all(isinstance(error, EngineDeadError) for error in (*found[1:], late)) and cause in str(late)
+
+
+def test_a_text_that_the_tokenizer_refuses_fails_alone():
+    def tokenizer(texts, *, add_special_tokens):
+        if "bad" in texts:
+            raise ValueError("bad text")
+        return {"input_ids": [[len(text)] for text in texts]}
+
+    replica = Replica(SimpleNamespace(config=SimpleNamespace(messages_column=None)))
+    replica._engine = SimpleNamespace(get_tokenizer=lambda: tokenizer)
+    assert replica._tokenize(["a", "bb"]) == [[1], [2]]
+    one, error, other = replica._tokenize(["a", "bad", "bb"])
+    assert (one, str(error), other) == ([1], "bad text", [2])
