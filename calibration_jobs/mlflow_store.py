@@ -121,8 +121,8 @@ def promote(version_uri: str, *, uri: str) -> tuple[str, str, str | None]:
         client.set_registered_model_alias(name, CHAMPION, version)
     except MlflowException as error:
         raise ConfigError(
-            f"{version_uri} cannot be promoted in {uri} ({first_line(error)}): look at the versions in the MLflow UI, "
-            "or give the tracking.uri of the calibration with --uri"
+            f"{version_uri} cannot be promoted in {mask_uri(uri)} ({first_line(error)}): look at the versions in the MLflow "
+            "UI, or give the tracking.uri of the calibration with --uri"
         ) from error
     return name, version, before
 
@@ -145,7 +145,7 @@ def resolve_artifact(path_or_uri: str, *, tracking_uri: str | None, folder: Path
         return Path(mlflow.artifacts.download_artifacts(artifact_uri=path_or_uri, dst_path=str(folder)))
     except MlflowException as error:
         raise ConfigError(
-            f"{path_or_uri} cannot be read from {tracking_uri} ({first_line(error)}): run `sere calibrate` with this "
+            f"{path_or_uri} cannot be read from {mask_uri(tracking_uri)} ({first_line(error)}): run `sere calibrate` with this "
             "tracking.uri, or give a path"
         ) from error
 
@@ -160,14 +160,14 @@ def read_runs(uri: str, experiment: str) -> list[dict[str, Any]]:
         ConfigError: if there is no such experiment.
     """
     if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
-        raise ConfigError(f"no MLflow store at {uri}: give the tracking.uri of the runs with --uri")
+        raise ConfigError(f"no MLflow store at {mask_uri(uri)}: give the tracking.uri of the runs with --uri")
     use_store(uri)
     import mlflow
 
     found = mlflow.get_experiment_by_name(experiment)
     if found is None:
         names = ", ".join(e.name for e in mlflow.search_experiments()) or "none"
-        raise ConfigError(f"no experiment {experiment!r} in {uri} (there: {names}): name one, or set --uri")
+        raise ConfigError(f"no experiment {experiment!r} in {mask_uri(uri)} (there: {names}): name one, or set --uri")
     runs = mlflow.search_runs(
         [found.experiment_id],
         filter_string="attributes.status = 'FINISHED' and tags.`sere.kind` = 'generate'",

@@ -155,7 +155,8 @@ def main() -> None:
         f"**Ratio {spread(summary(ratios))}.** The whole command, with Python, Ray and the engine's start and end: "
         f"{spread(whole, 1)} s. Texts that differ from the bare engine's, by rounding in other batches: {different}.",
     ]
-    report("What the pipeline costs", lines, arguments.out, pairs=pairs, settings=settings, ratios=ratios)
+    measured = {name: settings[name] for name in ("engine", "max_tokens")}
+    report("What the pipeline costs", lines, arguments.out, pairs=pairs, settings=measured, ratios=ratios)
 
 
 if __name__ == "__main__":

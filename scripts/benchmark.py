@@ -80,5 +80,7 @@ def report(title: str, lines: list[str], out: Path | None, **results: Any) -> No
     if out is not None:
         # Not with_suffix, which cuts a name at its last dot: decode-S2.5 is one.
         raw = json.dumps({"title": title, "command": command, **results}, indent=1) + "\n"
+        # Where this checkout lies says nothing.
+        raw = raw.replace(f"{Path(__file__).resolve().parent.parent}/", "")
         out.with_name(out.name + ".json").write_text(raw)
         out.with_name(out.name + ".md").write_text(text)
