@@ -7,7 +7,10 @@ up wrote once more): the first part in order of names keeps it.
 
 import fcntl
 import io
+import json
+import logging
 import os
+import re
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +29,16 @@ RESULTS = "results"
 _PART = f"{RESULTS}/part-"
 KEY = ["source_file", "source_row"]
 """Columns that say which input row a row answers."""
+_JOB = "job.json"
+DAMAGED = "damaged"
+"""Folder of parts that are no parquet, kept to be looked at."""
 _OWNER = b"sere.owner"
+_FILES = ("manifest.json", "run.json", "errors.parquet", "summary.json", "similarity.safetensors")
+_FOLDERS = {RESULTS: r"part-.+\.parquet", "sessions": r"\d+\.json", "logs": r"s\d+-r\d+\.log"}
+"""Names of the files that a job writes, beside `_FILES`, job.json and the lock."""
+_SETTINGS_0_1 = {"model_digest", "batch_size", "sampling.max_tokens"}
+"""Some settings of every job of version 0.1, whose job.json holds nothing else."""
+_log = logging.getLogger(__name__)
 _HEARTBEAT_S = 5.0
 # Object stores are slow to answer, and many requests at a time are not slower than one.
 _THREADS = 16
@@ -120,33 +132,64 @@ class RunFolder:
             self.storage.put_json("driver.json", {"process": f"{socket.gethostname()}:{os.getpid()}", "time": time.time()})
 
     def _claim(self) -> None:
-        before = self.storage.get_json("job.json")
-        # A job that has no results yet (its engines never started, say) has nothing to lose.
-        changed = before != self._settings and not self.storage.sizes(RESULTS)
-        if before is not None and (self._overwrite or changed):
-            # The manifest first: without it nothing counts as finished. job.json last: until then it is known whose it is.
-            for name in (
-                "manifest.json",
-                RESULTS,
-                "sessions",
-                "run.json",
-                "errors.parquet",
-                "summary.json",
-                "logs",
-                "job.json",
-            ):
-                self.storage.remove(name)
-            before = None
+        before = self._read_job()
         if before is None:
             # Never mix with files of somebody else.
-            if self.storage.sizes(RESULTS):
-                raise ConfigError(f"{self.storage.shown} has results of something else (no job.json): choose another output")
-            self.storage.put_json("job.json", self._settings)
-        elif before != self._settings:
+            found = [name for name in _FILES if self.storage.get(name) is not None]
+            found += [name for folder in (RESULTS, "sessions") for name in self.storage.sizes(folder)]
+            if found:
+                raise ConfigError(
+                    f"{self.storage.shown} has {found[0]}, which this program did not write (there is no job.json): choose "
+                    "another output, a new folder for example"
+                )
+            self._note_job()
+            return
+        is_same = before["settings"] == self._settings
+        is_finished = self.storage.get(_FILES[0]) is not None
+        has_results = bool(self.parts())
+        # The command that overwrote, given again, goes on with what it began.
+        overwrites = self._overwrite and not (is_same and before["overwrites"] and not is_finished)
+        if before["clearing"] or overwrites or not (is_same or has_results):
+            # From now on nothing counts that is still there, also if this is interrupted.
+            self._note_job(clearing=True)
+            self._clear()
+            self._note_job()
+        elif not is_same:
             raise ConfigError(
-                f"{self.storage.shown} holds another job ({_difference(before, self._settings)}): choose another output, or "
-                "set overwrite=true to throw it away"
+                f"{self.storage.shown} holds another job ({_difference(before['settings'], self._settings)}): choose another "
+                "output, or set overwrite=true to throw it away"
             )
+
+    def _read_job(self) -> dict[str, Any] | None:
+        """What job.json says, or None if there is none.
+
+        Raises:
+            ConfigError: if it is not this program's.
+        """
+        content = self.storage.get(_JOB)
+        if content is None:
+            return None
+        try:
+            job = json.loads(content)
+        except ValueError:
+            job = None
+        if isinstance(job, dict) and job.get("sere") == "generate":
+            return job
+        if isinstance(job, dict) and set(job) >= _SETTINGS_0_1:
+            return {"settings": job, "overwrites": False, "clearing": False}
+        raise ConfigError(f"{self.storage.shown} has a job.json that this program did not write: choose another output")
+
+    def _note_job(self, *, clearing: bool = False) -> None:
+        job = {"sere": "generate", "settings": self._settings, "overwrites": self._overwrite, "clearing": clearing}
+        self.storage.put_json(_JOB, job)
+
+    def _clear(self) -> None:
+        """Remove what a job has written, and no other file."""
+        names = list(_FILES)
+        for folder, pattern in _FOLDERS.items():
+            names += [name for name in self.storage.sizes(folder) if re.fullmatch(pattern, name.removeprefix(f"{folder}/"))]
+        for name in names:
+            self.storage.remove(name)
 
     def for_replicas(self) -> "RunFolder":
         """The same folder, not entered, to be sent to other processes."""
@@ -172,18 +215,22 @@ class RunFolder:
                 yield from threads.map(lambda name: self.read(name, columns), names[start : start + _THREADS])
 
     def scan(self) -> Finished:
-        """Which rows are finished. Parts that cannot be read are removed; rows of a second part are taken out of it.
+        """Which rows are finished. Damaged parts are moved aside; rows of a second part are taken out of it.
 
         Raises:
-            ConfigError: if a part belongs to another job.
+            ConfigError: if a part belongs to another job, or cannot be read now.
         """
         num_duplicates = 0
         while True:
-            names = self.parts()
+            sizes = {name: size for name, size in self.storage.sizes(RESULTS).items() if name.startswith(_PART)}
             with ThreadPoolExecutor(_THREADS) as threads:
-                tables = dict(zip(names, threads.map(self._keys, names), strict=True))
+                tables = dict(zip(sizes, threads.map(self._keys, sizes, sizes.values()), strict=True))
             for name in [name for name, table in tables.items() if table is None]:
-                self.storage.remove(name)
+                aside = f"{DAMAGED}/{name.rsplit('/', 1)[-1]}"
+                _log.warning(
+                    "%s is no parquet file: it is kept as %s, and its rows are done again", self.storage.locate(name), aside
+                )
+                self.storage.move(name, aside)
                 del tables[name]
             finished, twice = _merge(tables)
             if not twice:
@@ -193,15 +240,43 @@ class RunFolder:
                 num_duplicates += len(rows)
                 self._take_out(name, rows)
 
-    def _keys(self, name: str) -> pa.Table | None:
+    def _keys(self, name: str, size: int) -> pa.Table | None:
         """What a scan needs of a part; None if it is damaged."""
+        columns = [*KEY, "error", "num_generated_tokens"]
         try:
-            table = self.read(name, [*KEY, "error", "num_generated_tokens"])
-        except (pa.ArrowException, OSError, KeyError):
+            table = self.read(name, columns)
+        except Exception:
+            # A storage that fails and a damaged file look alike here: only all of its bytes tell.
+            table = self._read_whole(name, size, columns)
+        if table is None or not set(columns) <= set(table.column_names):
             return None
         if (table.schema.metadata or {}).get(_OWNER, b"").decode() != self.digest:
             raise ConfigError(f"{self.storage.shown}/{name} belongs to another job: move it away")
         return table
+
+    def _read_whole(self, name: str, size: int, columns: list[str]) -> pa.Table | None:
+        """A part from memory; None if its bytes are no parquet.
+
+        Raises:
+            ConfigError: if not all bytes could be read.
+        """
+        reason = "it is gone"
+        try:
+            content = self.storage.get(name)
+            if content is not None and len(content) != size:
+                reason, content = f"{len(content)} of {size} bytes were read", None
+        except Exception as error:
+            # Every kind of storage has errors of its own.
+            reason, content = (str(error) or type(error).__name__).splitlines()[0], None
+        if content is None:
+            raise ConfigError(
+                f"{self.storage.shown}/{name} cannot be read now ({reason}): nothing was changed, run the same command again "
+                "when the storage answers"
+            )
+        try:
+            return pq.read_table(io.BytesIO(content), columns=columns)
+        except (pa.ArrowException, OSError, KeyError):
+            return None
 
     def _take_out(self, name: str, rows: set[tuple[str, int]]) -> None:
         """Write a part again without some of its rows."""

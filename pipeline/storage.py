@@ -108,6 +108,13 @@ class Storage:
         names = {entry["name"].rsplit("/", 1)[-1]: entry["size"] for entry in found if entry["type"] == "file"}
         return {f"{folder}/{name}": names[name] for name in sorted(names) if name and not name.startswith(".")}
 
+    def move(self, name: str, to: str) -> None:
+        """Give a file another name."""
+        source, target = self.locate(name), self.locate(to)
+        self._filesystem.makedirs(os.path.dirname(target), exist_ok=True)
+        self._filesystem.mv(source, target)
+        self._filesystem.invalidate_cache()
+
     def remove(self, name: str) -> None:
         """Remove a file, or a folder with all that is in it."""
         place = self.locate(name)

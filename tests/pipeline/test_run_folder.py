@@ -81,11 +81,46 @@ def test_a_row_in_two_parts_stays_in_the_first(tmp_path_factory, parts):
             assert np.array_equal(rows, sorted(position for name, position in kept if name == file))
 
 
-def test_a_damaged_part_is_done_again(uri):
+def test_a_damaged_part_is_moved_aside_and_done_again(uri, caplog):
     with open_folder(uri) as folder:
         folder.write_part("a", part([("f", 0)]))
         folder.storage.put("results/part-b.parquet", b"PAR1 cut")
         assert folder.scan().num_rows == 1 and len(folder.parts()) == 1
+        assert folder.storage.get("damaged/part-b.parquet") == b"PAR1 cut"
+    assert "results/part-b.parquet is no parquet file: it is kept as damaged/part-b.parquet" in caplog.text
+
+
+@pytest.mark.parametrize("still_fails", [True, False])
+def test_a_storage_that_fails_is_not_damage(uri, monkeypatch, still_fails):
+    """Too many open files, or a 503 of an object store: nothing that was read in part only may be called damaged."""
+    with open_folder(uri) as folder:
+        for number in range(3):
+            folder.write_part(str(number), part([("f", number)]))
+
+        def fails(*arguments, **options):
+            raise OSError(24, "Too many open files")
+
+        monkeypatch.setattr(folder, "read", fails)
+        if still_fails:
+            monkeypatch.setattr(folder.storage, "get", fails)
+            with pytest.raises(ConfigError, match=r"part-0.parquet cannot be read now \(.*Too many open files.*nothing was chang"):
+                folder.scan()
+        else:
+            assert folder.scan().num_rows == 3
+        assert len(folder.parts()) == 3
+        monkeypatch.undo()
+        assert folder.scan().num_rows == 3
+
+
+def test_a_part_that_was_read_short_is_not_damage(uri, monkeypatch):
+    with open_folder(uri) as folder:
+        folder.write_part("a", part([("f", 0)]))
+        whole = folder.storage.get("results/part-a.parquet")
+        folder.storage.put("results/part-a.parquet", whole[:-5] + b"xxxxx")
+        monkeypatch.setattr(folder.storage, "get", lambda name: whole[:100])
+        with pytest.raises(ConfigError, match=f"100 of {len(whole)} bytes were read"):
+            folder.scan()
+        assert len(folder.parts()) == 1
 
 
 def test_other_settings_are_refused_with_the_difference(uri):
@@ -104,12 +139,73 @@ def test_a_part_of_another_job_is_refused(uri):
         folder.scan()
 
 
-def test_files_of_somebody_else_are_left_alone(uri):
-    Storage(uri).put("results/mine.parquet", b"x")
+MINE = ("logs/mine.log", "sessions/mine.json", "summary.json", "results/mine.parquet", "errors.parquet")
+
+
+@pytest.mark.parametrize("name", MINE[1:])
+def test_files_of_somebody_else_are_refused(uri, name):
+    Storage(uri).put(name, b"x")
     for overwrite in (False, True):
-        with pytest.raises(ConfigError, match="results of something else"):
+        with pytest.raises(ConfigError, match=f"has {name}, which this program did not write"):
             open_folder(uri, overwrite=overwrite).__enter__()
-    assert Storage(uri).get("results/mine.parquet") == b"x"
+    assert Storage(uri).get(name) == b"x" and Storage(uri).get("job.json") is None
+
+
+@pytest.mark.parametrize("content", [b'{"my": "job"}', b"[1]", b"no JSON", b'{"sere": "calibrate", "settings": {}}'])
+def test_a_job_file_of_somebody_else_is_refused(uri, content):
+    Storage(uri).put("job.json", content)
+    for name in MINE:
+        Storage(uri).put(name, b"x")
+    for overwrite in (False, True):
+        with pytest.raises(ConfigError, match=r"job.json that this program did not write"):
+            open_folder(uri, overwrite=overwrite).__enter__()
+    assert Storage(uri).get("job.json") == content and all(Storage(uri).get(name) == b"x" for name in MINE)
+
+
+def test_overwriting_removes_what_the_job_wrote_and_nothing_else(uri):
+    ours = ("logs/s0001-r0002.log", "sessions/0001.json", "summary.json", "errors.parquet", "manifest.json", "run.json")
+    mine = ("logs/mine.log", "sessions/mine.json", "results/mine.parquet", "notes.txt")
+    with open_folder(uri) as folder:
+        folder.write_part("a", part([("f", 0)]))
+        for name in (*ours, *mine):
+            folder.storage.put(name, b"x")
+    with open_folder(uri, overwrite=True) as folder:
+        assert folder.scan().num_rows == 0
+        assert all(folder.storage.get(name) is None for name in ours)
+        assert all(folder.storage.get(name) == b"x" for name in mine)
+
+
+def test_overwriting_applies_once(uri):
+    with open_folder(uri) as folder:
+        folder.write_part("old", part([("f", 0)]))
+    for expected in (0, 1, 2):
+        # The same command each time, as after Ctrl-C.
+        with open_folder(uri, overwrite=True) as folder:
+            assert folder.scan().num_rows == expected
+            folder.write_part(f"new-{expected}", part([("f", expected)]))
+    with open_folder(uri) as folder:
+        assert folder.scan().num_rows == 3, "without overwrite it goes on, too"
+        write_manifest(folder, {})
+    with open_folder(uri, overwrite=True) as folder:
+        assert folder.scan().num_rows == 0, "what is finished is no interrupted job"
+    with open_folder(uri, settings={"a": 2}, overwrite=True) as folder:
+        folder.write_part("other", part([("f", 0)]))
+    with open_folder(uri, overwrite=True) as folder:
+        assert folder.scan().num_rows == 0, "another job's results are not this one's"
+
+
+def test_overwriting_that_was_interrupted_is_completed(uri, monkeypatch):
+    with open_folder(uri) as folder:
+        folder.write_part("old", part([("f", 0)]))
+
+    def interrupted(folder):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(RunFolder, "_clear", interrupted)
+        open_folder(uri, overwrite=True).__enter__()
+    with open_folder(uri) as folder:
+        assert folder.scan().num_rows == 0
 
 
 def test_manifest(uri):
