@@ -11,20 +11,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from calibration_jobs.cluster import Task
-from calibration_jobs.inputs import read_rows
-from calibration_jobs.judge import assess
-from calibration_jobs.merge import ALL, InOrder, MergedSums
-from calibration_jobs.models import ModelFacts, inspect_model, load_tokenizer
-from calibration_jobs.plan import Plan, make_plan, tokenize
-from calibration_jobs.quality import agreement
-from calibration_jobs.record import record, summary
-from calibration_jobs.store import JobFolder, Result, digest_of, write_json
-from calibration_jobs.tasks import TaskRunner
-from calibration_jobs.tracking import NullTracker, resume, track
-from conf.schema import CalibrateConfig, ConfigError
-from ops.digest import files_digest
-from ops.similarity import FILE_NAME, SimilarityArtifact
+from sere.calibration_jobs.judge.agreement import agreement
+from sere.calibration_jobs.judge.assess import assess
+from sere.calibration_jobs.metrics.merge import ALL, InOrder, MergedSums
+from sere.calibration_jobs.publish.record import record, summary
+from sere.calibration_jobs.shards import Plan, make_plan, tokenize
+from sere.calibration_jobs.texts import read_rows
+from sere.calibration_jobs.workers.model import ModelFacts, inspect_model, load_tokenizer
+from sere.calibration_jobs.workers.pool import Task
+from sere.calibration_jobs.workers.results import JobFolder, Result, digest_of, write_json
+from sere.calibration_jobs.workers.tasks import TaskRunner
+from sere.conf.schema import CalibrateConfig, ConfigError
+from sere.ops.model_digest import files_digest
+from sere.ops.similarity import FILE_NAME, SimilarityArtifact
+from sere.pipeline.tracking.tracker import NullTracker, resume, track
 
 # What may differ between a job and its continuation: it changes where and how fast, not what.
 _NOT_IDENTITY = (

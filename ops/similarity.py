@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from conf.schema import ConfigError
+from sere.conf.schema import ConfigError
 
 FILE_NAME = "similarity.safetensors"
 FORMAT_VERSION = 1
@@ -109,7 +109,7 @@ class SimilarityArtifact:
 
         Args:
             num_experts: The model's experts per layer.
-            digest: The model's `ops.digest.model_digest`, or None to compare only `num_experts`.
+            digest: The model's `sere.ops.model_digest.model_digest`, or None to compare only `num_experts`.
 
         Raises:
             SimilarityError: if they do not match.

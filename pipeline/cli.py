@@ -78,12 +78,12 @@ def _parser() -> argparse.ArgumentParser:
 def _run(arguments: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from conf.schema import CalibrateConfig, GenerateConfig, SweepConfig
+    from sere.conf.schema import CalibrateConfig, GenerateConfig, SweepConfig
 
     # Where the output goes to a file, do not fold tables to 80 columns.
     console = Console(width=None if sys.stdout.isatty() else 140)
     if arguments.command == "compare":
-        from pipeline.report import compare
+        from sere.pipeline.compare.report import compare
 
         compare(
             arguments.experiment,
@@ -99,10 +99,10 @@ def _run(arguments: argparse.Namespace) -> None:
         _run_on_artifact(arguments, console)
         return
 
-    from conf.load import load_config
+    from sere.conf.load import load_config
 
     if arguments.command == "calibrate":
-        from calibration_jobs.job import calibrate
+        from sere.calibration_jobs.job import calibrate
 
         done = calibrate(load_config(CalibrateConfig, arguments.config, arguments.overrides))
         line = f"Finished before: {done.file}" if done.was_finished else f"Wrote {done.file}"
@@ -112,18 +112,18 @@ def _run(arguments: argparse.Namespace) -> None:
             line += " (overwrite=true starts anew)"
         console.print(line, soft_wrap=True, highlight=False)
     elif arguments.command == "sweep":
-        from pipeline.sweep import sweep
+        from sere.pipeline.compare.sweep import sweep
 
         sweep(load_config(SweepConfig, arguments.config, arguments.overrides), console)
     else:
-        from pipeline.generate import generate
-        from pipeline.summary import print_summary
+        from sere.pipeline.generate.driver import generate
+        from sere.pipeline.generate.summary import print_summary
 
         print_summary(generate(load_config(GenerateConfig, arguments.config, arguments.overrides)), console)
 
 
 def _run_on_artifact(arguments: argparse.Namespace, console: "Console") -> None:
-    from calibration_jobs import versions
+    from sere.calibration_jobs.publish import versions
 
     if arguments.command == "calibrate inspect":
         versions.inspect(arguments.artifact, uri=arguments.uri, output=arguments.output, console=console)
@@ -142,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
 
-    from conf.schema import ConfigError
+    from sere.conf.schema import ConfigError
 
     try:
         _run(arguments)

@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from pipeline.cli import main as sere
+from sere.pipeline.cli import main as sere
 
 FOLDER = Path("runs/demo")
 URI = f"sqlite:///{FOLDER}/mlflow.db"

@@ -33,8 +33,8 @@ def demo_artifact(tmp_path_factory) -> Path:
     """A valid artifact of the demo model with drawn matrices: re-routing to anything in them shows."""
     import torch
 
-    from ops.digest import model_digest
-    from ops.similarity import SimilarityArtifact
+    from sere.ops.model_digest import model_digest
+    from sere.ops.similarity import SimilarityArtifact
 
     generator = torch.Generator().manual_seed(0)
     matrices = {}

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 
-from conf.schema import CalibrateConfig, JudgeConfig, TrackingConfig
+from sere.conf.schema import CalibrateConfig, JudgeConfig, TrackingConfig
 from tests.conftest import DEMO_MODEL
 
 NUM_EXPERTS, NUM_LAYERS, TOP_K, HIDDEN = 8, 2, 3, 32

@@ -8,10 +8,10 @@ import mlflow
 import pytest
 import torch
 
-from calibration_jobs.job import calibrate
-from calibration_jobs.models import load_model, pad_rows
-from conf.schema import ConfigError, JudgeConfig, TrackingConfig
-from ops.similarity import SimilarityArtifact
+from sere.calibration_jobs.job import calibrate
+from sere.calibration_jobs.workers.model import load_model, pad_rows
+from sere.conf.schema import ConfigError, JudgeConfig, TrackingConfig
+from sere.ops.similarity import SimilarityArtifact
 
 pytestmark = pytest.mark.usefixtures("cluster")
 NOT_JUDGED = JudgeConfig(held_out_rows=0)
@@ -51,8 +51,8 @@ def test_equals_one_pass_over_all_tokens(not_judged, texts):
     import pyarrow.parquet as pq
     from transformers import AutoTokenizer
 
-    from calibration_jobs.capture import observe_experts
-    from calibration_jobs.metrics import similarity_matrices
+    from sere.calibration_jobs.capture.experts import observe_experts
+    from sere.calibration_jobs.metrics.base import similarity_matrices
 
     # Many sequences in a batch: a block of few sequences, which are alike within, is no sample of all tokens to CKA.
     config = not_judged(num_workers=2, shard_rows=39, batch_size=39, block_tokens=256)

@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 import yaml
 
-from conf.load import load_config
-from conf.schema import CalibrateConfig, ConfigError, GenerateConfig, RerouteConfig
+from sere.conf.load import load_config
+from sere.conf.schema import CalibrateConfig, ConfigError, GenerateConfig, RerouteConfig
 from tests.conftest import ROOT
 
 SHIPPED = {"calibrate": CalibrateConfig, "generate": GenerateConfig}

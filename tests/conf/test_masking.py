@@ -2,7 +2,7 @@
 
 import pytest
 
-from conf.masking import mask_uri, mask_values
+from sere.conf.masking import mask_uri, mask_values
 
 
 @pytest.mark.parametrize(

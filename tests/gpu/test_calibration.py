@@ -5,15 +5,15 @@ import torch
 
 pytest.importorskip("transformers")
 
-from calibration_jobs.capture import observe_experts
-from calibration_jobs.emulation import emulate
-from calibration_jobs.held_out import routing_error
-from calibration_jobs.metrics import METRIC_CLASSES
-from calibration_jobs.models import pad_rows
-from calibration_jobs.weights import weight_similarity
-from tests.calibration_jobs.test_capture import FAMILIES, make
-from tests.calibration_jobs.test_emulation import NONE, ROWS, policy
-from tests.calibration_jobs.test_held_out import candidates
+from sere.calibration_jobs.capture.experts import observe_experts
+from sere.calibration_jobs.judge.emulation import emulate
+from sere.calibration_jobs.judge.held_out import routing_error
+from sere.calibration_jobs.metrics.base import METRIC_CLASSES
+from sere.calibration_jobs.metrics.weights import weight_similarity
+from sere.calibration_jobs.workers.model import pad_rows
+from tests.calibration_jobs.capture.test_experts import FAMILIES, make
+from tests.calibration_jobs.judge.test_emulation import NONE, ROWS, policy
+from tests.calibration_jobs.judge.test_held_out import candidates
 
 
 def matrices(family: str, device: str) -> dict:

@@ -8,12 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from ops import cuda
-from ops.reference import DECODE, PADDING, reroute_reference
-from ops.reroute import reroute_topk
-from ops.stats import COUNTERS, count_step
-from ops.token_roles import TokenRoles
-from tests.ops.kernel_checks import batches, check_reroute, check_token_roles, modes
+from sere.ops.engine.counters import COUNTERS, count_step
+from sere.ops.engine.roles import TokenRoles
+from sere.ops.kernels import cuda
+from sere.ops.op import reroute_topk
+from sere.ops.reference import DECODE, PADDING, reroute_reference
+from tests.ops.kernels.kernel_checks import batches, check_reroute, check_token_roles, modes
 from tests.ops.strategies import Step, steps
 
 on_gpu = settings(deadline=None, database=None)
@@ -194,8 +194,8 @@ def test_first_call_of_the_op_inside_a_capture_is_an_error(device):
 
 SANITIZED = """
 import torch
-from ops import cuda
-from tests.ops.kernel_checks import check_reroute
+from sere.ops.kernels import cuda
+from tests.ops.kernels.kernel_checks import check_reroute
 from tests.ops.strategies import Step
 device = torch.device("cuda", 0)
 cuda.warm_up(device)

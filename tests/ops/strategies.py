@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Step:
-    """One drawn step. Shapes as in `ops.reference.reroute_reference`."""
+    """One drawn step. Shapes as in `sere.ops.reference.reroute_reference`."""
 
     topk_weights: Tensor
     topk_ids: Tensor

@@ -4,9 +4,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from conf.schema import ConfigError, RerouteConfig
-from ops.policies import POLICIES, LayerInfo
-from ops.reference import DECODE, reroute_reference
+from sere.conf.schema import ConfigError, RerouteConfig
+from sere.ops.policies.base import POLICIES, LayerInfo
+from sere.ops.reference import DECODE, reroute_reference
 from tests.ops.strategies import Step, steps
 
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from ops.reference import reroute_reference
+from sere.ops.reference import reroute_reference
 
 # Four experts: 0 and 1 alike, 2 and 3 alike; 0 and 2 somewhat.
 SIMILARITY = torch.tensor([[1.0, 0.9, 0.4, 0.1], [0.9, 1.0, 0.2, 0.2], [0.4, 0.2, 1.0, 0.8], [0.1, 0.2, 0.8, 1.0]])

@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ops.digest import model_digest
-from ops.similarity import FORMAT_VERSION, SimilarityArtifact, SimilarityError
+from sere.ops.model_digest import model_digest
+from sere.ops.similarity import FORMAT_VERSION, SimilarityArtifact, SimilarityError
 
 
 def matrix(seed=0, num_experts=6):

@@ -6,8 +6,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ops.similarity import SimilarityArtifact
-from pipeline.cli import main
+from sere.ops.similarity import SimilarityArtifact
+from sere.pipeline.cli import main
 from tests.conftest import DEMO_MODEL, ROOT
 
 
@@ -129,7 +129,7 @@ def test_output_of_something_else(run, tmp_path, demo_artifact):
     (tmp_path / "out" / "results").mkdir(parents=True)
     (tmp_path / "out" / "results" / "mine.parquet").write_text("x")
     settings = [f"output={tmp_path}/out", f"reroute.similarity={demo_artifact}"]
-    refused(run("generate", "conf/generate.yaml", *settings), "has results of something else")
+    refused(run("generate", "conf/generate.yaml", *settings), "has results/mine.parquet, which this program did not write")
     refused(run("generate", "conf/generate.yaml", "output=nosuch://x/y", settings[1]), "nosuch://x/y cannot be opened")
 
 

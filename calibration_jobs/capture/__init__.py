@@ -1,0 +1,1 @@
+"""Every token through every expert."""

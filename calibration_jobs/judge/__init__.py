@@ -1,0 +1,1 @@
+"""How good matrices are, on held-out rows."""

@@ -1,0 +1,1 @@
+"""Similarity of experts as mergeable sums; one metric, one file."""

@@ -1,0 +1,1 @@
+"""What a finished calibration leaves for people: numbers, pictures, versions."""

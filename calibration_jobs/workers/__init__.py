@@ -1,0 +1,1 @@
+"""Ray actors that hold the model, and their tasks."""

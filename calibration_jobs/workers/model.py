@@ -1,0 +1,153 @@
+"""Reading and loading models, with errors that a user can act on."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sere.conf.schema import CalibrateConfig, ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+def read_model_config(model: str, *, trust_remote_code: bool) -> Any:
+    """The Transformers configuration of a model given by folder or hub name.
+
+    Raises:
+        ConfigError: if there is no such model.
+    """
+    import transformers
+
+    try:
+        return transformers.AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"model {model} cannot be read ({str(error).splitlines()[0]}): give a model folder or a hub name"
+        ) from error
+
+
+def make_empty_model(model_config: Any, *, trust_remote_code: bool) -> Any:
+    """The model's modules without weights (on torch's meta device): shows its structure in no memory."""
+    import torch
+    import transformers
+
+    with torch.device("meta"):
+        return transformers.AutoModelForCausalLM.from_config(model_config, trust_remote_code=trust_remote_code)
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What is known of the model before it is loaded."""
+
+    digest: str | None
+    num_experts: int
+    top_k: int | None
+    block_tokens: int
+
+
+def inspect_model(config: CalibrateConfig) -> ModelFacts:
+    """Refuse a model that cannot be calibrated, before any work."""
+    from sere.calibration_jobs.capture.experts import find_expert_modules
+    from sere.calibration_jobs.metrics.weights import check_weights
+    from sere.calibration_jobs.workers.worker import block_tokens_of
+    from sere.ops.model_digest import model_digest
+
+    trust = config.trust_remote_code
+    model_config = read_model_config(config.model, trust_remote_code=trust)
+    text_config = model_config.get_text_config()
+    experts = find_expert_modules(make_empty_model(model_config, trust_remote_code=trust))
+    counts = {module.num_experts for module in experts.values()}
+    if len(counts) > 1:
+        raise ConfigError(f"{config.model} has layers of {sorted(counts)} experts: such models are not supported")
+    if "weights" in config.metrics:
+        for module in experts.values():
+            check_weights(module)
+    context = getattr(text_config, "max_position_embeddings", None)
+    if context is not None and config.sequence_length > context:
+        raise ConfigError(f"sequence_length must be at most the model's context, {context}, got {config.sequence_length}")
+    (num_experts,) = counts
+    return ModelFacts(
+        digest=model_digest(config.model),
+        num_experts=num_experts,
+        top_k=getattr(text_config, "num_experts_per_tok", None),
+        block_tokens=block_tokens_of(config, num_experts=num_experts, hidden_size=text_config.hidden_size),
+    )
+
+
+def load_tokenizer(config: CalibrateConfig) -> Any:
+    """The model's tokenizer.
+
+    Raises:
+        ConfigError: if the model has none.
+    """
+    import transformers
+
+    try:
+        return transformers.AutoTokenizer.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"the tokenizer of {config.model} cannot be read ({str(error).splitlines()[0]})") from error
+
+
+def load_model(config: CalibrateConfig, offload_folder: str | Path) -> "nn.Module":
+    """The model in evaluation mode, on this worker's GPUs or on the CPU.
+
+    With `max_memory_gib`, as many layers as fit stay in memory; the others are read from disk each time they are used.
+
+    Args:
+        config: The settings.
+        offload_folder: Where weights are written that cannot be read from the checkpoint as they are.
+    """
+    import torch
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    placement: dict[str, Any] = {}
+    num_gpus = math.ceil(config.num_gpus_per_worker)
+    if config.max_memory_gib is not None:
+        limit = int(config.max_memory_gib * 2**30)
+        # Accelerate takes 0 for "no such device", as it does a missing key; GPUs share the limit.
+        memory = {gpu: limit // num_gpus for gpu in range(num_gpus)} | ({} if num_gpus else {"cpu": limit})
+        placement = {"device_map": "auto", "max_memory": memory, "offload_folder": str(offload_folder)}
+    elif num_gpus:
+        placement = {"device_map": "auto"}
+    dtype = config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            config.model, dtype=dtype, trust_remote_code=config.trust_remote_code, **placement
+        )
+    except OSError as error:
+        raise ConfigError(f"the weights of {config.model} cannot be read ({str(error).splitlines()[0]})") from error
+    # On the CPU the eager path is about 40 times slower.
+    model.set_experts_implementation("grouped_mm")
+    if config.max_memory_gib is not None:
+        _give_back_freed_memory(model)
+    return model.eval()
+
+
+def _give_back_freed_memory(model: "nn.Module") -> None:
+    """After each MoE layer return to the system what its offloaded weights took: glibc keeps freed blocks of unlike sizes,
+    and the process would grow to the size of the model."""
+    import ctypes
+
+    from sere.calibration_jobs.capture.experts import find_expert_modules
+
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:  # other C libraries have none
+        for module in find_expert_modules(model).values():
+            module.register_forward_hook(lambda *_: (trim(0), None)[1])
+
+
+def pad_rows(rows: Sequence[Sequence[int]], device: Any = "cpu") -> dict[str, "Tensor"]:
+    """Token rows as one batch: `input_ids` and `attention_mask`, int64 `[num_rows, longest row]`, padded on the right.
+
+    The padding token does not matter: it is masked, follows every other token, and does not count.
+    """
+    import torch
+
+    width = max(len(row) for row in rows)
+    ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device)
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
+    return {"input_ids": ids, "attention_mask": mask}

@@ -1,0 +1,195 @@
+"""Joining or starting a Ray cluster, and tasks over workers that may die."""
+
+import logging
+import os
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sere.conf.schema import ConfigError
+from sere.pipeline.runtime.interrupts import end_in_order_on_sigterm
+
+# A worker that dies this often on the same task is not unlucky.
+_MAX_ATTEMPTS = 4
+_NOTE_AFTER_S = 60.0
+
+_ADVICE = (
+    "If they ran out of memory, lower batch_size, max_activation_bytes or num_workers, or set max_memory_gib; then run the "
+    "same command again"
+)
+
+_log = logging.getLogger(__name__)
+
+
+def start_ray(num_cpus: float) -> None:
+    """Join the cluster that RAY_ADDRESS names, or start a local one; does nothing if Ray already runs.
+
+    Args:
+        num_cpus: Cores a local Ray must at least offer. Ray counts cores without occupying them, so on a small machine that
+            may be more than there are.
+    """
+    import ray
+
+    # What goes wrong reaches the user as an exception.
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    if not ray.is_initialized():
+        local: dict[str, Any] = {}
+        if not os.environ.get("RAY_ADDRESS"):
+            # Ray would run workers at nice 15, behind whatever else this machine does.
+            os.environ.setdefault("RAY_worker_niceness", "0")
+            # Without "local" Ray would join whatever cluster it finds on this machine.
+            local = {"address": "local", "num_cpus": max(os.cpu_count() or 1, int(num_cpus) + 1)}
+        # Workers' own output stays in their log files (under /tmp/ray); the jobs print progress and errors.
+        ray.init(include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False, **local)
+        # Ray sets a handler of its own.
+        end_in_order_on_sigterm()
+
+
+def check_room(*, num_cpus: float, num_gpus: float) -> None:
+    """Refuse a worker that a local Ray, which cannot grow, will never have room for.
+
+    Raises:
+        ConfigError: if there are too few cores or GPUs for one worker.
+    """
+    import ray
+
+    if os.environ.get("RAY_ADDRESS"):
+        return
+    total = ray.cluster_resources()
+    for name, needed in (("CPU", num_cpus), ("GPU", num_gpus)):
+        if needed > total.get(name, 0):
+            raise ConfigError(
+                f"a worker needs {needed:g} {name}s and this machine has {total.get(name, 0):g}: lower "
+                f"num_{name.lower()}s_per_worker, or set RAY_ADDRESS to join a cluster"
+            )
+
+
+@dataclass(frozen=True)
+class Task:
+    """One call of a worker's method. Its result must depend on the arguments alone: any worker may make it, and twice."""
+
+    name: str
+    method: str
+    arguments: tuple[Any, ...]
+
+
+class WorkerPool:
+    """Ray actors that pull tasks. A task whose worker dies goes to another one, and the worker is replaced.
+
+    Use as a context manager; the workers are gone afterwards.
+    """
+
+    def __init__(self, start: Callable[[], Any], num_workers: int) -> None:
+        """Args:
+        start: Starts one actor; it must have a method `ready`.
+        num_workers: Actors to keep.
+        """
+        self._start = start
+        self._num_workers = num_workers
+        self._idle: list[Any] = []
+        # A worker gets tasks once it is ready: one that finds no place in the cluster must not sit on a task.
+        self._starting: dict[Any, Any] = {}
+        self.num_replaced = 0
+        self._num_failed_starts = 0
+
+    def __enter__(self) -> "WorkerPool":
+        for _ in range(self._num_workers):
+            self._add()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        import ray
+
+        for worker in [*self._idle, *self._starting.values()]:
+            ray.kill(worker)
+
+    def _add(self) -> None:
+        worker = self._start()
+        self._starting[worker.ready.remote()] = worker
+
+    def run(self, tasks: Sequence[Task]) -> Iterator[tuple[Task, Any]]:
+        """Results as they come, in any order.
+
+        Raises:
+            ConfigError: what a worker raised as such, or that workers keep dying.
+        """
+        import ray
+
+        waiting = deque(tasks)
+        running: dict[Any, tuple[Any, Task]] = {}
+        deaths: Counter[str] = Counter()
+        noted = time.monotonic()
+        try:
+            while waiting or running:
+                while waiting and self._idle:
+                    worker, task = self._idle.pop(), waiting.popleft()
+                    running[getattr(worker, task.method).remote(*task.arguments)] = worker, task
+                done, _ = ray.wait([*running, *self._starting], num_returns=1, timeout=_NOTE_AFTER_S)
+                if not done:
+                    if not running and time.monotonic() - noted > _NOTE_AFTER_S:
+                        noted = time.monotonic()
+                        _log.warning("waiting for a worker: free in the cluster are %s", ray.available_resources())
+                    continue
+                if done[0] in self._starting:
+                    self._welcome(done[0])
+                    continue
+                worker, task = running.pop(done[0])
+                try:
+                    result = ray.get(done[0])
+                except ray.exceptions.RayTaskError as error:
+                    self._idle.append(worker)
+                    raise _original(error) from None
+                except ray.exceptions.RayError as error:
+                    # The worker, its node, or the result on its node is gone.
+                    deaths[task.name] += 1
+                    ray.kill(worker)
+                    if deaths[task.name] >= _MAX_ATTEMPTS:
+                        raise ConfigError(
+                            f"{deaths[task.name]} workers died on {task.name}, the last with: {_reason(error)}. {_ADVICE}"
+                        ) from error
+                    _log.warning("a worker died on %s, which is done again: %s", task.name, _reason(error))
+                    waiting.appendleft(task)
+                    self.num_replaced += 1
+                    self._add()
+                    continue
+                self._idle.append(worker)
+                yield task, result
+        finally:
+            self._idle += [worker for worker, _ in running.values()]
+
+    def _welcome(self, ready: Any) -> None:
+        import ray
+
+        worker = self._starting.pop(ready)
+        try:
+            ray.get(ready)
+        except ray.exceptions.RayTaskError as error:
+            ray.kill(worker)
+            raise _original(error) from None
+        except ray.exceptions.RayError as error:
+            # It died while it loaded the model, or its node did.
+            ray.kill(worker)
+            self.num_replaced += 1
+            self._num_failed_starts += 1
+            if self._num_failed_starts >= _MAX_ATTEMPTS * self._num_workers:
+                raise ConfigError(
+                    f"workers die while they load the model, the last with: {_reason(error)}. {_ADVICE}"
+                ) from error
+            self._add()
+        else:
+            self._num_failed_starts = 0
+            self._idle.append(worker)
+
+
+def _original(error: Any) -> Exception:
+    """What the worker raised; running out of a GPU's memory becomes an error that says what to do."""
+    if type(error.cause).__name__ == "OutOfMemoryError":
+        return ConfigError(f"a worker ran out of GPU memory ({_reason(error.cause)}). {_ADVICE}")
+    return error.cause if isinstance(error.cause, ConfigError) else error.as_instanceof_cause()
+
+
+def _reason(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if len(lines) < 2 else f"{lines[0]} {lines[-1]}") if lines else type(error).__name__

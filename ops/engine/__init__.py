@@ -1,0 +1,1 @@
+"""What runs inside a vLLM process: the plugin, its state, checks, the roles of rows, counters."""

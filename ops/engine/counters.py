@@ -1,0 +1,171 @@
+"""Counters of what re-routing did, per MoE layer: accumulated where the op runs, readable from another process, crash-safe.
+
+A worker's counters live in one int64 `[num_layers, len(COUNTERS)]` tensor. On the CPU that tensor is a memory-mapped file (each
+count is on disk the moment it is made, however the process ends); from a GPU it is copied to one every few seconds and at
+shutdown. A JSON file beside it names the layers.
+"""
+
+import atexit
+import json
+import os
+import socket
+import time
+import uuid
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sere.ops.op import primary_experts, voting_slots
+from sere.ops.reference import DECODE, PADDING
+
+COUNTERS = (
+    "steps",  # steps with at least one decode row; the counters below are sums over these steps
+    "rerouting_steps",  # of those, steps within min_tokens and max_tokens
+    "decode_rows",
+    "decode_slots",  # decode_rows times top_k
+    "rerouted_slots",  # slots of decode rows that the policy changed
+    "critical_slots",  # secondary slots of non-primary experts that kept their expert in rerouting steps
+    "active_experts_before",  # distinct experts of all rows but padding, as the router chose them
+    "active_experts_after",
+    "mixed_steps",  # of the steps, those that also had prefill rows, which make most experts active
+    "mixed_active_experts_before",
+    "mixed_active_experts_after",
+)
+_FLUSH_INTERVAL_S = 2.0
+
+
+def count_step(
+    counters: Tensor,
+    *,
+    topk_weights: Tensor,
+    ids_before: Tensor,
+    ids_after: Tensor,
+    roles: Tensor,
+    num_decode_rows: Tensor,
+    num_experts: int,
+    primary_top_k: int,
+) -> None:
+    """Add one step of one layer to its counters. Only tensor operations of fixed shape: safe inside a CUDA graph.
+
+    Args:
+        counters: int64 `[len(COUNTERS)]`, changed in place.
+        topk_weights: float `[num_tokens, top_k]`, as the router made them.
+        ids_before: int32 or int64 `[num_tokens, top_k]`, as the router made them.
+        ids_after: Same shape and dtype, as the policy made them.
+        roles: int8 `[num_tokens]` as the policy saw them: all decode rows are prefill rows in a step that is left alone.
+        num_decode_rows: int64 `[]`, decode rows of the step, whether left alone or not.
+        num_experts: Experts of the layer.
+        primary_top_k: Slots per decode row that vote.
+    """
+    used = (ids_before >= 0).logical_and_((roles != PADDING).unsqueeze(1))
+    changeable = used & (roles == DECODE).unsqueeze(1)
+    changed = changeable & (ids_before != ids_after)
+    votes = voting_slots(topk_weights, ids_before, primary_top_k, roles)
+    primary = primary_experts(ids_before, votes, num_experts)
+    kept = (changeable & ~changed).logical_and_(~primary[ids_before.clamp(min=0).long()])
+    counted = num_decode_rows > 0
+    mixed = (roles != PADDING).sum() > num_decode_rows
+    active_before = primary_experts(ids_before, used, num_experts).sum()
+    active_after = primary_experts(ids_after, used & (ids_after >= 0), num_experts).sum()
+    values = torch.stack(
+        [
+            counted,
+            (roles == DECODE).any(),
+            num_decode_rows,
+            num_decode_rows * ids_before.shape[1],
+            changed.sum(),
+            kept.sum(),
+            active_before,
+            active_after,
+            mixed,
+            active_before * mixed,
+            active_after * mixed,
+        ]
+    )
+    counters.add_(values * counted)
+
+
+class CounterFile:
+    """One engine worker's counters, on its device and in a file."""
+
+    def __init__(self, *, layers: list[int], device: torch.device, folder: str, manifest: dict[str, Any]) -> None:
+        shape = (len(layers), len(COUNTERS))
+        self.layers = layers
+        root = Path(folder)
+        root.mkdir(parents=True, exist_ok=True)
+        path = root / f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}.counters"
+        path.write_bytes(bytes(8 * shape[0] * shape[1]))
+        self._mapped = torch.from_file(str(path), shared=True, size=shape[0] * shape[1], dtype=torch.int64).view(shape)
+        aside = path.with_suffix(".tmp")
+        aside.write_text(json.dumps({**manifest, "layers": layers, "counters": COUNTERS}, indent=1))
+        aside.rename(path.with_suffix(".json"))
+        self.counts = self._mapped if device.type == "cpu" else torch.zeros(shape, dtype=torch.int64, device=device)
+        self._next_flush = 0.0
+        atexit.register(self.flush)
+
+    def reset(self) -> None:
+        """Forget what warm-up steps counted."""
+        self.counts.zero_()
+
+    def flush(self, *, only_if_due: bool = False) -> None:
+        """Copy counts from a GPU to the file. Waits for the GPU, hence at most every few seconds while serving."""
+        if self._mapped is self.counts:
+            return
+        now = time.monotonic()
+        if not only_if_due or now >= self._next_flush:
+            self._mapped.copy_(self.counts)
+            self._next_flush = now + _FLUSH_INTERVAL_S
+
+
+@dataclass(frozen=True)
+class LayerCounts:
+    """One layer's counters, summed over replicas."""
+
+    layer: int
+    counts: dict[str, int]
+
+    def per_step(self, name: str) -> float:
+        return self.counts[name] / max(1, self.counts["steps"])
+
+
+def read_counters(folder: str | os.PathLike[str]) -> list[LayerCounts]:
+    """Sum the counters of all workers that wrote to `folder`, per layer, in layer order.
+
+    Tensor-parallel ranks route the same tokens: only rank 0 of each group writes a file.
+    """
+    sums: dict[int, dict[str, int]] = {}
+    for manifest_file in sorted(Path(folder).glob("*.json")):
+        manifest = json.loads(manifest_file.read_text())
+        raw = bytearray(manifest_file.with_suffix(".counters").read_bytes())
+        table = torch.frombuffer(raw, dtype=torch.int64).view(len(manifest["layers"]), len(manifest["counters"]))
+        for layer, row in zip(manifest["layers"], table.tolist(), strict=True):
+            total = sums.setdefault(layer, dict.fromkeys(COUNTERS, 0))
+            for name, value in zip(manifest["counters"], row, strict=True):
+                total[name] += value
+    return [LayerCounts(layer, sums[layer]) for layer in sorted(sums)]
+
+
+def summarize(layers: Iterable[LayerCounts]) -> dict[str, float]:
+    """Averages over steps and layers: active experts before and after, shares of slots re-routed and kept critical."""
+    layers = [layer for layer in layers if layer.counts["steps"]]
+    if not layers:
+        return {}
+    total = {name: sum(layer.counts[name] for layer in layers) for name in COUNTERS}
+    decode_only = max(1, total["steps"] - total["mixed_steps"])
+    return {
+        "decode_steps": total["steps"] / len(layers),
+        "rerouting_steps": total["rerouting_steps"] / len(layers),
+        "decode_rows_per_step": total["decode_rows"] / total["steps"],
+        "active_experts_before": total["active_experts_before"] / total["steps"],
+        "active_experts_after": total["active_experts_after"] / total["steps"],
+        "mixed_step_share": total["mixed_steps"] / total["steps"],
+        "decode_only_active_experts_before": (total["active_experts_before"] - total["mixed_active_experts_before"])
+        / decode_only,
+        "decode_only_active_experts_after": (total["active_experts_after"] - total["mixed_active_experts_after"]) / decode_only,
+        "rerouted_share": total["rerouted_slots"] / max(1, total["decode_slots"]),
+        "critical_share": total["critical_slots"] / max(1, total["decode_slots"]),
+    }

@@ -1,0 +1,1 @@
+"""The fast implementations of the reference: CUDA sources and their launcher."""

@@ -1,0 +1,1 @@
+"""Routing policies, chosen by name."""

@@ -1,0 +1,1 @@
+"""`sere compare` and `sere sweep`: runs side by side."""

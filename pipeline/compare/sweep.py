@@ -1,0 +1,122 @@
+"""`sere sweep`: a grid of configurations, one resumable generate job each, as nested MLflow runs, and their comparison.
+
+Every configuration has engines of its own: what re-routes is built into an engine when it starts (compiled and captured with
+it), and a cache of prompts' keys and values must not pass from one policy to another.
+"""
+
+import itertools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from sere.conf.load import load_config
+from sere.conf.schema import ConfigError, GenerateConfig, SweepConfig
+from sere.pipeline.compare.report import compare
+from sere.pipeline.generate.driver import generate
+from sere.pipeline.generate.identity import flatten, settings_digest
+from sere.pipeline.generate.summary import print_summary
+from sere.pipeline.runtime.storage import Storage
+from sere.pipeline.tracking.tracker import resume, track
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+# Settings that a policy does not look at.
+_IGNORED = {
+    "none": ("similarity", "metric", "primary_top_k", "threshold", "phase", "min_tokens", "max_tokens", "seed"),
+    "sere": ("seed",),
+    "top_k": ("similarity", "metric", "threshold", "seed"),
+    "random": ("similarity", "metric", "threshold"),
+}
+_SHORT = {"reroute.policy": "", "reroute.primary_top_k": "S", "reroute.metric": "", "reroute.threshold": "rho"}
+
+
+@dataclass(frozen=True)
+class Point:
+    """One configuration."""
+
+    name: str
+    config: GenerateConfig
+
+
+def _text(value: Any) -> str:
+    """A value as YAML on one line, for an override."""
+    return yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("\n").removesuffix("\n...")
+
+
+def _name(settings: dict[str, Any]) -> str:
+    parts = []
+    for key, value in settings.items():
+        short = _SHORT.get(key, key.rsplit(".", 1)[-1] + "=")
+        parts.append("".join(c if c.isalnum() or c in "=._-" else "-" for c in f"{short}{value}"))
+    return ",".join(parts)
+
+
+def expand(config: SweepConfig) -> list[Point]:
+    """The grid's configurations in its order, each after the unmodified model it is compared with.
+
+    Raises:
+        ConfigError: if a setting of any of them is wrong: before anything runs.
+    """
+    grid = flatten(config.grid)
+    for key, values in grid.items():
+        if not isinstance(values, list) or not values:
+            raise ConfigError(f"grid.{key} must be a list of values, got {values!r}")
+    known = {"output", "overwrite", "data", "tracking.uri", "tracking.experiment", "tracking.run_name"}
+    if known & set(grid):
+        raise ConfigError(
+            f"grid must not name {', '.join(sorted(known & set(grid)))}: all runs share it, or it is made for each"
+        )
+    found: dict[str, dict[str, Any]] = {}
+    for values in itertools.product(*grid.values()):
+        settings = dict(zip(grid, values, strict=True))
+        for policy in ("none", settings.get("reroute.policy")):
+            point = {**settings, **({"reroute.policy": policy} if policy else {})}
+            ignored = {f"reroute.{name}" for name in _IGNORED.get(policy, ())}
+            point = {key: value for key, value in point.items() if key not in ignored}
+            name = _name({"reroute.policy": policy or "", **point}).strip(",")
+            if found.get(name, point) != point:
+                # Values that differ only in what a file's name cannot have.
+                name += "," + settings_digest(point)[:8]
+            found.setdefault(name, point)
+    points = []
+    for name, settings in found.items():
+        tracking = {"uri": config.tracking.uri, "experiment": config.tracking.experiment, "run_name": name}
+        own = {"output": f"{config.output.rstrip('/')}/{name}", **{f"tracking.{key}": value for key, value in tracking.items()}}
+        overrides = [f"{key}={_text(value)}" for key, value in {**flatten(config.overrides), **settings, **own}.items()]
+        points.append(Point(name, load_config(GenerateConfig, config.base, overrides)))
+    return points
+
+
+def sweep(config: SweepConfig, console: "Console") -> None:
+    """Run every configuration, or go on with them, and compare.
+
+    Raises:
+        ConfigError: if a setting is wrong; or, after all others have run, if some could not be run.
+    """
+    points = expand(config)
+    storage = Storage(config.output, points[0].config.storage_options)
+    noted = storage.get_json("sweep.json") or {}
+    failed: dict[str, str] = {}
+    run_id = resume(config.tracking, noted.get("mlflow_run_id"))
+    with track(config.tracking, kind="sweep", default_name="sweep", run_id=run_id) as tracker:
+        storage.put_json("sweep.json", {"mlflow_run_id": tracker.run_id, "configurations": [point.name for point in points]})
+        if run_id is None:
+            tracker.log_config(config)
+        for number, point in enumerate(points, start=1):
+            console.print(f"[{number} of {len(points)}] {point.name}", markup=False, highlight=False, soft_wrap=True)
+            try:
+                print_summary(generate(point.config, parent_run_id=tracker.run_id), console)
+            except ConfigError as error:
+                failed[point.name] = str(error)
+                console.print(f"  failed: {error}", markup=False, highlight=False, soft_wrap=True)
+        tracker.log_metrics({"num_configurations": len(points), "num_failed": len(failed)})
+    if config.tracking.uri and len(failed) < len(points):
+        options = {"uri": config.tracking.uri, "output": config.report, "console": console}
+        compare(config.tracking.experiment, **options, max_loss=config.max_loss, by=config.by)
+    if failed:
+        name, why = next(iter(failed.items()))
+        raise ConfigError(
+            f"{len(failed)} of {len(points)} configurations failed, first {name} ({why}): the same command tries them again"
+        )

@@ -1,0 +1,1 @@
+"""`sere generate`: a dataset through vLLM replicas."""

@@ -1,0 +1,189 @@
+"""What is seen of a job while it runs: a progress display, metrics over time in MLflow, and the session's file."""
+
+import time
+from collections import Counter
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from sere.conf.schema import ConfigError, GenerateConfig
+from sere.pipeline.generate.identity import Session, write_session
+from sere.pipeline.generate.parts import Finished, RunFolder
+from sere.pipeline.tracking.tracker import NullTracker
+
+if TYPE_CHECKING:
+    from sere.pipeline.generate.dispatcher import Dispatcher, Handle
+
+_RECORD_S = 10.0
+# Between lines of progress where the output is a file.
+_LINE_S = 30.0
+# Fewer rows than this say little about how many fail.
+_LEAST_ROWS_JUDGED = 100
+
+
+class Monitor:
+    """Follows a dispatcher. Use as a context manager: the display is there while it is open."""
+
+    def __init__(
+        self,
+        *,
+        config: GenerateConfig,
+        num_rows: int,
+        before: Finished,
+        earlier: list[Session],
+        folder: RunFolder,
+        tracker: NullTracker,
+    ) -> None:
+        """Args:
+        config: Of the job.
+        num_rows: Rows of the input.
+        before: What was finished when this driver began.
+        earlier: Sessions of drivers before.
+        folder: Gets this session's file.
+        tracker: Gets the metrics; their step is the seconds that all drivers worked.
+        """
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+        self._config, self._num_rows, self._before = config, num_rows, before
+        self._folder, self._tracker = folder, tracker
+        self.session = Session(number=1 + max((session.number for session in earlier), default=0))
+        self._offset_s = sum(session.elapsed_s for session in earlier)
+        self._started = self._recorded = time.monotonic()
+        self._printed = 0.0
+        self._last: dict[str, Any] = {}
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[figures]}"),
+        )
+        self._task = self._progress.add_task("Starting engines", total=num_rows, completed=before.num_rows, figures="")
+
+    def __enter__(self) -> "Monitor":
+        if self._progress.console.is_terminal:
+            self._progress.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._progress.stop()
+
+    def update(self, dispatcher: "Dispatcher", *, final: bool = False) -> None:
+        """Take in the replicas' latest figures; to be called about once a second, and with `final` at the end, however it came.
+
+        Raises:
+            ConfigError: if too many rows fail.
+        """
+        handles = [handle for handle in [*dispatcher.gone, *dispatcher.replicas.values()] if handle.status is not None]
+        session = self.session
+        now = time.monotonic()
+        session.elapsed_s = now - self._started
+        if dispatcher.first_ready is not None:
+            session.startup_s = dispatcher.first_ready - self._started
+            session.working_s = (dispatcher.finished or now) - dispatcher.first_ready
+        # A row that is answered twice because its replica died counts twice here, and once in the results.
+        session.num_rows = sum(handle.status.num_rows for handle in handles)
+        session.generated_tokens = sum(handle.status.generated_tokens for handle in handles)
+        session.num_replaced = dispatcher.num_replaced
+        firsts = [handle.status.first_request for handle in handles if handle.status.first_request is not None]
+        lasts = [handle.status.last_answer for handle in handles if handle.status.last_answer is not None]
+        if firsts and lasts:
+            session.generation_s = max(0.0, max(lasts) - min(firsts))
+        session.counters = _sum_counters(handles)
+        num_errors = sum(handle.status.num_errors for handle in handles)
+        self._show(dispatcher, num_errors)
+        if final or now - self._recorded > _RECORD_S:
+            self._recorded = now
+            self._record(handles, num_errors)
+            write_session(self._folder, session)
+        self._folder.beat()
+        if not final:
+            self._judge(handles, session.num_rows, num_errors)
+
+    def _show(self, dispatcher: "Dispatcher", num_errors: int) -> None:
+        session = self.session
+        done = min(self._num_rows, self._before.num_rows + session.num_rows)
+        figures = []
+        if session.generation_s > 0:
+            figures.append(f"{session.generated_tokens / session.generation_s:.0f} tokens/s")
+            left = (self._num_rows - done) * session.generation_s / max(1, session.num_rows)
+            figures.append(f"{_duration(left)} left")
+        figures.append(f"{len(dispatcher.replicas)} replicas")
+        if num_errors + self._before.num_errors:
+            figures.append(f"{num_errors + self._before.num_errors} errors")
+        if session.num_replaced:
+            figures.append(f"{session.num_replaced} replaced")
+        description = "Generating" if dispatcher.replicas else "Starting engines"
+        self._progress.update(self._task, description=description, completed=done, figures=", ".join(figures))
+        console = self._progress.console
+        if not console.is_terminal and session.elapsed_s - self._printed > _LINE_S:
+            self._printed = session.elapsed_s
+            console.print(
+                f"{description}: {done} of {self._num_rows} rows, {', '.join(figures)}", soft_wrap=True, highlight=False
+            )
+
+    def _record(self, handles: list["Handle"], num_errors: int) -> None:
+        session = self.session
+        step = int(self._offset_s + session.elapsed_s)
+        before, self._last = self._last, {"time": time.monotonic(), "tokens": session.generated_tokens}
+        metrics: dict[str, float] = {
+            "progress/rows": min(self._num_rows, self._before.num_rows + session.num_rows),
+            "progress/errors": self._before.num_errors + num_errors,
+            "progress/replaced_replicas": session.num_replaced,
+        }
+        if before:
+            seconds = self._last["time"] - before["time"]
+            metrics["progress/tokens_per_s"] = max(0, session.generated_tokens - before["tokens"]) / max(seconds, 1e-9)
+        for handle in handles:
+            status = handle.status
+            prefix = f"replica/{handle.name}"
+            metrics[f"{prefix}/num_running"] = status.num_running
+            metrics[f"{prefix}/num_waiting"] = status.num_waiting
+            metrics[f"{prefix}/kv_cache_usage"] = status.kv_cache_usage
+            metrics[f"{prefix}/generated_tokens"] = status.generated_tokens
+            self._last[handle.name] = status.counters
+            metrics |= _recent(status.counters, before.get(handle.name, {}), prefix)
+        self._tracker.log_progress(metrics, step=step)
+
+    def _judge(self, handles: list["Handle"], num_rows: int, num_errors: int) -> None:
+        rows, errors = num_rows + self._before.num_rows, num_errors + self._before.num_errors
+        first = [text for handle in handles for text in handle.status.first_errors]
+        check_errors(self._config, num_rows=rows, num_errors=errors, first=first, where=self._folder.storage.shown)
+
+
+def check_errors(config: GenerateConfig, *, num_rows: int, num_errors: int, first: list[str], where: str) -> None:
+    """Raises:
+    ConfigError: if more rows have errors than `max_error_ratio` allows.
+    """
+    if num_errors > config.max_error_ratio * max(num_rows, _LEAST_ROWS_JUDGED):
+        raise ConfigError(
+            f"{num_errors} of {num_rows} rows failed, more than max_error_ratio {config.max_error_ratio:g} allows: "
+            f"{'; '.join(' '.join(text.split())[:200] for text in first[:3])}. Mend the cause, or raise max_error_ratio; rows "
+            f"with errors are in {where}/results"
+        )
+
+
+def _sum_counters(handles: list["Handle"]) -> dict[str, dict[str, int]]:
+    layers: dict[str, Counter[str]] = {}
+    for handle in handles:
+        for layer, counts in handle.status.counters.items():
+            layers.setdefault(str(layer), Counter()).update(counts)
+    return {layer: dict(counts) for layer, counts in layers.items()}
+
+
+def _recent(counters: dict[int, dict[str, int]], before: dict[int, dict[str, int]], prefix: str) -> dict[str, float]:
+    """Active experts per step since the last time."""
+    from sere.ops.engine.counters import LayerCounts, summarize
+
+    layers = [
+        LayerCounts(layer, {name: count - before.get(layer, {}).get(name, 0) for name, count in counts.items()})
+        for layer, counts in counters.items()
+    ]
+    names = ("active_experts_before", "active_experts_after")
+    return {f"{prefix}/{name}": value for name, value in summarize(layers).items() if name in names}
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    return f"{days}d {hours}h" if days else f"{hours}h {minutes}m" if hours else f"{minutes}m {seconds}s"

@@ -1,0 +1,1 @@
+"""A replica: the Ray actor, its engine, requests and answers."""

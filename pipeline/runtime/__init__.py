@@ -1,0 +1,1 @@
+"""What every job stands on: Ray, signals, storage."""

@@ -1,0 +1,1 @@
+"""The only user of MLflow: runs, what is in a store, the registry."""

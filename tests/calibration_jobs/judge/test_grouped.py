@@ -1,0 +1,45 @@
+"""Many steps at once give what the reference gives step by step."""
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sere.calibration_jobs.judge import grouped
+from sere.calibration_jobs.judge.grouped import reroute_groups
+from sere.ops.reference import reroute_reference
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    num_groups=st.integers(1, 5),
+    num_tokens=st.integers(1, 6),
+    num_experts=st.integers(2, 12),
+    data=st.data(),
+    seed=st.integers(0, 9999),
+)
+def test_equals_the_reference(num_groups, num_tokens, num_experts, data, seed):
+    top_k = data.draw(st.integers(1, min(4, num_experts)))
+    primary_top_k = data.draw(st.integers(1, top_k))
+    thresholds = data.draw(st.lists(st.sampled_from([0.0, 0.25, 0.5, 0.75, 1.0]), min_size=1, max_size=3))
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.rand(num_groups, num_tokens, num_experts, generator=generator)
+    ids = logits.argsort(dim=2)[..., :top_k].contiguous()
+    # Few distinct values: ties of weights and of similarities.
+    weights = torch.randint(1, 4, ids.shape, generator=generator).float()
+    similarity = torch.randint(0, 5, (num_experts, num_experts), generator=generator).float() / 4
+    result = reroute_groups(weights, ids, similarity, primary_top_k=primary_top_k, thresholds=torch.tensor(thresholds))
+    for threshold, routed in zip(thresholds, result, strict=True):
+        for group in range(num_groups):
+            expected = reroute_reference(
+                weights[group], ids[group], similarity, primary_top_k=primary_top_k, threshold=threshold
+            )
+            assert torch.equal(routed[group], expected)
+
+
+def test_blocks_do_not_change_the_result(monkeypatch):
+    weights, similarity = torch.rand(7, 4, 3), torch.rand(9, 9)
+    ids = torch.rand(7, 4, 9).argsort(dim=2)[..., :3]
+    arguments = {"primary_top_k": 1, "thresholds": torch.tensor([0.0, 0.5])}
+    whole = reroute_groups(weights, ids, similarity, **arguments)
+    monkeypatch.setattr(grouped, "_BLOCK_ELEMENTS", 100)
+    assert torch.equal(reroute_groups(weights, ids, similarity, **arguments), whole)

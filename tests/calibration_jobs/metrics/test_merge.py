@@ -1,0 +1,70 @@
+"""Sums of shards: any order, any grouping, the same matrices."""
+
+import random
+
+import torch
+
+from sere.calibration_jobs.metrics.base import METRIC_CLASSES, similarity_matrices
+from sere.calibration_jobs.metrics.merge import InOrder, MergedSums, key_of
+from sere.calibration_jobs.shards import Shard
+
+TOKENS = {"all": 12, "0": 12, "1": 12}
+METRICS = ("frobenius", "cosine", "cka")
+SHARDS = tuple(Shard(i, ()) for i in range(9))
+
+
+def outputs(index: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(index)
+    return torch.randn(1, 12, 6, generator=generator) + torch.randn(5, 12, 6, generator=generator)
+
+
+def sums_of(index: int) -> dict[str, torch.Tensor]:
+    found = {}
+    for name in METRICS:
+        metric = METRIC_CLASSES[name](5)
+        metric.update(outputs(index))
+        # As if domain 0 were in every shard, and domain 1 in every third.
+        found |= {key_of(3, name, part): metric.sums for part in (None, 0, *([1] if index % 3 == 0 else []))}
+    return found
+
+
+def merged(indices) -> MergedSums:
+    result = MergedSums()
+    for index in indices:
+        result.add(SHARDS[index], sums_of(index), TOKENS)
+    return result
+
+
+def test_groups():
+    result = merged(range(9))
+    assert result.num_tokens() == 108 and result.num_shards == 9
+    assert result.num_tokens(domain=1) == 36 and result.num_tokens(half=1) == 48 and result.num_tokens(domain=1, half=1) == 12
+    of_one = torch.cat([outputs(index) for index in (0, 3, 6)], dim=1)
+    of_half = torch.cat([outputs(index) for index in (1, 3, 5, 7)], dim=1)
+    for name in ("frobenius", "cosine"):
+        for found, tokens in ((result.matrices(domain=1), of_one), (result.matrices(half=1), of_half)):
+            torch.testing.assert_close(found[3, name], similarity_matrices(tokens, [name])[name], atol=1e-6, rtol=0)
+    assert result.matrices(domain=2) == {}
+
+
+def test_any_order_gives_the_same_up_to_rounding_and_in_order_to_the_bit():
+    order = list(range(9))
+    random.Random(0).shuffle(order)
+    first, other = merged(range(9)).matrices(), merged(order).matrices()
+    for key, matrix in first.items():
+        torch.testing.assert_close(matrix, other[key], atol=1e-12, rtol=0)
+    turns, sorted_shards = InOrder(SHARDS), []
+    for index in order:
+        sorted_shards += [shard.index for shard in turns.arrive(SHARDS[index])]
+    assert sorted_shards == list(range(9))
+
+
+def test_adding_does_not_change_what_was_added():
+    sums = sums_of(0)
+    before = {key: tensor.clone() for key, tensor in sums.items()}
+    result = MergedSums()
+    for _ in range(2):
+        result.add(SHARDS[0], sums, TOKENS)
+    result.matrices()
+    result.matrices()
+    assert all(torch.equal(sums[key], before[key]) for key in sums) and result.num_tokens() == 24

@@ -1,0 +1,110 @@
+"""What holds for the CUDA kernels wherever they run: on a GPU (tests/gpu), or compiled for the CPU (test_cuda.py)."""
+
+import torch
+from hypothesis import strategies as st
+
+from sere.ops.engine.counters import COUNTERS, count_step
+from sere.ops.engine.roles import TokenRoles
+from sere.ops.kernels import cuda
+from sere.ops.reference import DECODE, PADDING, PREFILL, reroute_reference
+from tests.ops.strategies import Step
+
+SENTINEL = -77
+
+
+@st.composite
+def modes(draw: st.DrawFn) -> dict[str, bool]:
+    """Ways to launch the kernel."""
+    return {name: draw(st.booleans()) for name in ("in_place", "counted", "left_alone", "neutral")}
+
+
+def step_of(roles: torch.Tensor, *, left_alone: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Roles and `TokenRoles.step` of a step; left alone, decode rows are marked as prefill rows."""
+    decode = int((roles == DECODE).sum())
+    step = torch.tensor([decode, int((roles != PADDING).sum()), int(decode > 0 and not left_alone)])
+    return roles.masked_fill(roles == DECODE, PREFILL) if left_alone else roles, step
+
+
+def check_reroute(step: Step, mode: dict[str, bool], device: torch.device) -> None:
+    """One launch gives the reference's ids and `count_step`'s counters, and changes nothing else."""
+    num_tokens, top_k = step.topk_ids.shape
+    num_experts = step.similarity.shape[0]
+    primary_top_k = top_k if mode["neutral"] else step.primary_top_k
+    roles, step_info = step.roles, None
+    if mode["counted"] or mode["left_alone"]:
+        roles = torch.full((num_tokens,), DECODE, dtype=torch.int8) if roles is None else roles
+        roles, step_info = step_of(roles, left_alone=mode["left_alone"])
+    expected = reroute_reference(
+        step.topk_weights,
+        step.topk_ids,
+        step.similarity,
+        primary_top_k=primary_top_k,
+        threshold=step.threshold,
+        roles=roles,
+    )
+    expected_counters = torch.arange(len(COUNTERS)) * 1000
+    if mode["counted"]:
+        count_step(
+            expected_counters,
+            topk_weights=step.topk_weights,
+            ids_before=step.topk_ids,
+            ids_after=expected,
+            roles=roles,
+            num_decode_rows=step_info[0],
+            num_experts=num_experts,
+            primary_top_k=primary_top_k,
+        )
+
+    weights, ids = step.topk_weights.to(device, copy=True), step.topk_ids.to(device, copy=True)
+    new_ids = ids if mode["in_place"] else torch.full_like(ids, SENTINEL)
+    neighbours = cuda.sorted_neighbours(step.similarity, step.threshold).to(device)
+    counters = (torch.arange(len(COUNTERS)) * 1000).to(device)
+    cuda.reroute(
+        weights,
+        ids,
+        None if mode["neutral"] else neighbours,
+        num_experts=num_experts,
+        primary_top_k=primary_top_k,
+        new_ids=new_ids,
+        roles=None if roles is None else roles.to(device),
+        step=None if step_info is None else step_info.to(device),
+        counters=counters if mode["counted"] else None,
+    )
+    assert torch.equal(new_ids.cpu(), expected)
+    assert dict(zip(COUNTERS, counters.tolist(), strict=True)) == dict(zip(COUNTERS, expected_counters.tolist(), strict=True))
+    assert torch.equal(weights.cpu(), step.topk_weights)
+    if not mode["in_place"]:
+        assert torch.equal(ids.cpu(), step.topk_ids)
+
+
+@st.composite
+def batches(draw: st.DrawFn) -> dict:
+    """Sequences of a step and the settings that decide on its roles."""
+    lengths = draw(st.lists(st.integers(0, 3) | st.integers(0, 40), min_size=1, max_size=60))
+    return dict(
+        starts=torch.tensor([0, *torch.tensor(lengths, dtype=torch.int64).cumsum(0).tolist()], dtype=torch.int32),
+        capacity=sum(lengths) + draw(st.integers(0, 70)) or 1,
+        decode_length=draw(st.integers(1, 4)),
+        phase=draw(st.sampled_from(["decode", "all"])),
+        min_tokens=draw(st.integers(1, 20)),
+        max_tokens=draw(st.integers(1, 200) | st.just(2**40)),
+    )
+
+
+def check_token_roles(batch: dict, device: torch.device) -> None:
+    """One launch gives the roles that the torch operations give."""
+    settings = {name: value for name, value in batch.items() if name != "starts"}
+    expected = TokenRoles(device=torch.device("cpu"), **settings)
+    expected.fill(batch["starts"])
+    roles = torch.full((batch["capacity"],), 77, dtype=torch.int8, device=device)
+    step = torch.full((3,), SENTINEL, device=device)
+    cuda.fill_roles(
+        batch["starts"].to(device),
+        roles,
+        step,
+        decode_length=batch["capacity"] if batch["phase"] == "all" else batch["decode_length"],
+        min_tokens=batch["min_tokens"],
+        max_tokens=batch["max_tokens"],
+    )
+    assert torch.equal(roles.cpu(), expected.roles)
+    assert torch.equal(step.cpu(), expected.step)

@@ -1,0 +1,192 @@
+"""The dispatcher on a real cluster with small actors that die: every row once, whatever happens. No engines, so it is quick."""
+
+import asyncio
+import os
+import random
+import signal
+import time
+
+import pyarrow as pa
+import pytest
+
+from sere.conf.schema import ConfigError
+from sere.pipeline.generate.dispatcher import Dispatcher
+from sere.pipeline.generate.parts import KEY, RunFolder
+from sere.pipeline.generate.replica.actor import ReplicaStatus
+from sere.pipeline.generate.replica.answers import Answer, answer_table
+from sere.pipeline.runtime.storage import Storage
+
+SCHEMA = pa.schema([("prompt", pa.string())])
+
+
+class Worker:
+    """Answers like a replica, after a moment; a prompt `die` ends its process."""
+
+    def __init__(self, name, folder, checkpoint_rows, start_error=None):
+        self.name, self.folder, self.checkpoint_rows, self.start_error = name, folder, checkpoint_rows, start_error
+        self.finished, self.tables, self.left, self.written, self.num_parts = [], {}, {}, [], 0
+        self.num_rows = 0
+
+    async def start(self):
+        if self.start_error == "refused":
+            raise ConfigError("not with this model")
+        if self.start_error == "killed":
+            os._exit(1)
+        return str(os.getpid())
+
+    async def generate(self, number, table):
+        self.tables[number], self.left[number] = table, len(table)
+        for index, prompt in enumerate(table["prompt"].to_pylist()):
+            await asyncio.sleep(random.random() / 500)
+            if prompt == "die":
+                os._exit(1)
+            self.finished.append((number, index, Answer(prompt.upper(), 1, 1, "stop")))
+            self.num_rows += 1
+            if len(self.finished) >= self.checkpoint_rows:
+                await self.write()
+        return await self.status()
+
+    async def write(self):
+        rows, self.finished = self.finished, []
+        if rows:
+            self.num_parts += 1
+            self.folder.write_part(f"{self.name}-{self.num_parts}", answer_table(rows, self.tables, SCHEMA, "id"))
+        for number, _, _ in rows:
+            self.left[number] -= 1
+            if not self.left[number]:
+                self.written.append(number)
+
+    async def status(self):
+        written, self.written = self.written, []
+        return ReplicaStatus(num_rows=self.num_rows, written=written)
+
+    async def flush(self):
+        await self.write()
+        return await self.status()
+
+    stop = flush
+
+
+@pytest.fixture(scope="module")
+def local_ray():
+    import ray
+
+    ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield ray
+    ray.shutdown()
+
+
+@pytest.fixture
+def job(local_ray, tmp_path):
+    """A function that runs prompts through workers, and returns the rows in the parts."""
+    folder = RunFolder(Storage(str(tmp_path / "run")), {}, digest="d", overwrite=False)
+
+    def run(prompts, *, batch=5, num_replicas=2, max_retries=3, checkpoint_rows=7, while_running=None, start_error=None):
+        def start(number):
+            name = f"r{number:04d}"
+            error = start_error(number) if start_error else None
+            options = {"num_cpus": 1, "max_concurrency": 100}
+            return name, local_ray.remote(Worker).options(**options).remote(name, folder.for_replicas(), checkpoint_rows, error)
+
+        def keys_written(name):
+            tables = [folder.read(part, KEY).select(KEY) for part in folder.parts(f"{name}-")]
+            return {key for table in tables for key in zip(*(column.to_pylist() for column in table.columns), strict=True)}
+
+        def give_up(table, why):
+            rows = [(0, row, Answer(error=why)) for row in range(len(table))]
+            folder.write_part(f"driver-{time.time_ns()}", answer_table(rows, {0: table}, SCHEMA, "id"))
+
+        def batches():
+            for at in range(0, len(prompts), batch):
+                some = prompts[at : at + batch]
+                positions = pa.array(range(at, at + len(some)), pa.int64())
+                yield pa.table({"prompt": some, "source_file": ["f"] * len(some), "source_row": positions})
+
+        dispatcher = Dispatcher(
+            start,
+            local_ray.kill,
+            num_replicas=num_replicas,
+            concurrent_batches=3,
+            max_retries=max_retries,
+            keys_written=keys_written,
+            give_up=give_up,
+        )
+        with folder:
+            try:
+                for _ in dispatcher.run(batches()):
+                    if while_running is not None:
+                        while_running(dispatcher)
+            finally:
+                dispatcher.close(timeout_s=10)
+            assert folder.scan().num_duplicates == 0, "a dead worker's parts are read before its rows go to another one"
+            rows = [row for table in folder.read_all(folder.parts()) for row in table.to_pylist()]
+        return sorted(rows, key=lambda row: row["source_row"]), dispatcher
+
+    return run
+
+
+def test_every_row_once(job):
+    prompts = [f"p{number}" for number in range(203)]
+    rows, dispatcher = job(prompts)
+    assert [row["generated_text"] for row in rows] == [prompt.upper() for prompt in prompts]
+    assert [row["id"] for row in rows[:2]] == ["f#0", "f#1"]
+    assert dispatcher.num_replaced == 0
+
+
+def test_nothing_to_do(job):
+    assert job([])[0] == []
+
+
+def test_workers_killed_at_random(job):
+    prompts = [f"p{number}" for number in range(6000)]
+    rng = random.Random(0)
+    killed = []
+
+    def kill(dispatcher):
+        if len(killed) < 5 and dispatcher.replicas:
+            handle = rng.choice(list(dispatcher.replicas.values()))
+            os.kill(int(handle.node), signal.SIGKILL)
+            killed.append(handle.name)
+
+    rows, dispatcher = job(prompts, batch=20, checkpoint_rows=33, while_running=kill)
+    assert len(killed) >= 2 and dispatcher.num_replaced >= len(set(killed))
+    assert [row["generated_text"] for row in rows] == [prompt.upper() for prompt in prompts]
+
+
+@pytest.mark.parametrize("max_retries", [1, 3])
+def test_a_row_that_kills_takes_no_other_with_it(job, max_retries):
+    prompts = [f"p{number}" for number in range(60)]
+    prompts[17] = prompts[41] = "die"
+    rows, _ = job(prompts, max_retries=max_retries)
+    bad = [row for row in rows if row["error"]]
+    assert [row["source_row"] for row in bad] == [17, 41] and len(rows) == 60
+    assert f"died {max_retries + 1} times with this row" in bad[0]["error"]
+    assert all(row["generated_text"] == row["prompt"].upper() for row in rows if not row["error"])
+
+
+def test_workers_that_always_die_end_the_job(job):
+    with pytest.raises(ConfigError, match="died one after the other without finishing a row"):
+        job(["die"] * 40, batch=1, max_retries=100)
+
+
+def test_refusal_at_start(job):
+    with pytest.raises(ConfigError, match="not with this model"):
+        job(["a"], start_error=lambda number: "refused")
+
+
+def test_start_that_dies(job):
+    rows, _ = job(["a"] * 9, start_error=lambda number: "killed" if number < 2 else None)
+    assert len(rows) == 9
+    with pytest.raises(ConfigError, match="replicas die while they start"):
+        job(["b"], start_error=lambda number: "killed")
+
+
+def test_bad_input_is_raised(job, tmp_path):
+    def broken():
+        raise ConfigError("file x is damaged")
+        yield
+
+    dispatcher = Dispatcher(None, None, num_replicas=0, concurrent_batches=1, max_retries=0, keys_written=None, give_up=None)
+    with pytest.raises(ConfigError, match="file x is damaged"):
+        for _ in dispatcher.run(broken()):
+            pass

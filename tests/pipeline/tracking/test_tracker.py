@@ -1,0 +1,126 @@
+"""Runs, versions and aliases in a real MLflow store."""
+
+import os
+import random
+import signal
+import threading
+import time
+
+import mlflow
+import pytest
+
+from sere.conf.schema import CalibrateConfig, ConfigError, TrackingConfig
+from sere.pipeline.runtime.interrupts import uninterrupted
+from sere.pipeline.tracking.store import read_history, read_runs, resolve_artifact
+from sere.pipeline.tracking.tracker import NullTracker, track
+
+
+@pytest.fixture
+def tracking(tmp_path):
+    yield TrackingConfig(uri=f"sqlite:///{tmp_path}/ml.db", experiment="e")
+    mlflow.set_tracking_uri(None)
+
+
+def test_run_is_recorded(tracking):
+    config = CalibrateConfig(model="m", data="d", output="o", tracking=tracking)
+    with track(tracking, kind="generate", default_name="n") as tracker:
+        tracker.log_config(config)
+        tracker.log_metrics({"exact_match": 0.5, "transfer/c++ [x]": 1})
+        tracker.log_dataset(source="/data/d.parquet", digest="abcdef0123456789", num_rows=3, context="generation")
+    (run,) = read_runs(tracking.uri, "e")
+    assert run["name"] == "n" and run["metrics"] == {"exact_match": 0.5, "transfer/c__ _x_": 1}
+    assert run["params"]["tracking.experiment"] == "e" and run["params"]["batch_size"] == "32"
+    assert mlflow.artifacts.load_dict(f"runs:/{run['run_id']}/config.json")["model"] == "m"
+    (dataset,) = mlflow.get_run(run["run_id"]).inputs.dataset_inputs
+    assert dataset.dataset.name == "d.parquet" and dataset.dataset.digest == "abcdef012345"
+    assert mlflow.get_run(run["run_id"]).data.tags["sere.commit"]
+
+
+def test_failed_run_is_marked_and_not_compared(tracking):
+    with pytest.raises(KeyError), track(tracking, kind="generate", default_name="n"):
+        raise KeyError
+    assert read_runs(tracking.uri, "e") == []
+    (run,) = mlflow.search_runs(experiment_names=["e"], output_format="list")
+    assert run.info.status == "FAILED"
+
+
+def test_versions_and_alias(tracking, tmp_path):
+    file = tmp_path / "similarity.safetensors"
+    for content in ("one", "two"):
+        file.write_text(content)
+        with track(tracking, kind="calibrate", default_name="n") as tracker:
+            version = tracker.register_artifact(file, name="model", alias="candidate", tags={"model": "m"})
+    assert version == "2"
+
+    def content(uri, name):
+        folder = resolve_artifact(uri, tracking_uri=tracking.uri, folder=tmp_path / name)
+        return (folder / "similarity.safetensors").read_text()
+
+    assert content("models:/model@candidate", "a") == "two"
+    assert content("models:/model/1", "b") == "one"
+    with pytest.raises(ConfigError, match="models:/model@best cannot be read"):
+        content("models:/model@best", "c")
+    with pytest.raises(ConfigError, match=r"set tracking\.uri"):
+        resolve_artifact("models:/model@candidate", tracking_uri="", folder=tmp_path)
+    assert resolve_artifact("a/path", tracking_uri="", folder=tmp_path).name == "path"
+
+
+def test_no_tracking():
+    with track(TrackingConfig(uri=""), kind="generate", default_name="n") as tracker:
+        assert type(tracker) is NullTracker
+        tracker.log_config(None)
+        tracker.log_metrics({"a": 1})
+        assert tracker.register_artifact("f", name="n", alias="a", tags={}) is None
+
+
+def test_unknown_experiment(tracking):
+    with track(tracking, kind="generate", default_name="n"):
+        pass
+    with pytest.raises(ConfigError, match=r"no experiment 'x' in .* \(there: e"):
+        read_runs(tracking.uri, "x")
+
+
+def test_interrupted_at_any_moment_the_store_is_left_in_order(tracking):
+    """The database is not left locked, the interrupt is not lost, and the run says that it failed."""
+    rng = random.Random(0)
+    with track(tracking, kind="generate", default_name="first") as tracker:
+        tracker.log_metrics({"m": 0.0})
+    for number in range(20):
+        timer = threading.Timer(rng.uniform(0, 0.1), os.kill, (os.getpid(), signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt), track(tracking, kind="generate", default_name="n") as tracker:
+            timer.start()
+            for step in range(10_000):
+                tracker.log_metrics({f"m{step % 7}": step}, step=step)
+        timer.join()
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        assert mlflow.active_run() is None, number
+    runs = mlflow.search_runs(experiment_names=["e"], output_format="list")
+    assert sorted(run.info.status for run in runs) == ["FAILED"] * 20 + ["FINISHED"]
+
+
+def test_a_second_interrupt_does_not_wait():
+    with pytest.raises(KeyboardInterrupt), uninterrupted():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        pytest.fail("goes on")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_store_that_fails_meanwhile_holds_up_nothing(tracking, monkeypatch, caplog):
+    with track(tracking, kind="generate", default_name="n") as tracker:
+        tracker.log_progress({"progress/rows": 1}, step=1)
+        tracker._sender.submit(int).result()
+        monkeypatch.setattr(mlflow, "log_metrics", lambda *_, **__: time.sleep(0.02) or 1 / 0)
+        started = time.monotonic()
+        for step in range(10_000):
+            tracker.log_progress({"progress/rows": step}, step=step)
+        assert time.monotonic() - started < 3
+        tracker._sender.submit(int).result()
+        monkeypatch.undo()
+        tracker.log_progress({"progress/rows": 9}, step=9)
+        tracker._sender.submit(int).result()
+    assert read_history(tracking.uri, tracker.run_id, "progress/rows") == [(1, 1), (9, 9)]
+    assert caplog.text.count("does not take metrics") == 1
+    message = "the store is down"
+    with pytest.raises(ConfigError, match=message), track(tracking, kind="generate", default_name="n"):
+        raise mlflow.exceptions.MlflowException(message)
