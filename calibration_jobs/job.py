@@ -21,7 +21,8 @@ from sere.calibration_jobs.workers.model import ModelFacts, inspect_model, load_
 from sere.calibration_jobs.workers.pool import Task
 from sere.calibration_jobs.workers.results import JobFolder, Result, digest_of, write_json
 from sere.calibration_jobs.workers.tasks import TaskRunner
-from sere.conf.schema import CalibrateConfig, ConfigError
+from sere.conf.errors import ConfigError
+from sere.conf.schema import CalibrateConfig
 from sere.ops.model_digest import files_digest
 from sere.ops.similarity import FILE_NAME, SimilarityArtifact
 from sere.pipeline.tracking.tracker import NullTracker, resume, track

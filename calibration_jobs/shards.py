@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from sere.calibration_jobs.texts import RowRemark, TextRow
-from sere.conf.schema import CalibrateConfig, ConfigError
+from sere.conf.errors import ConfigError
+from sere.conf.schema import CalibrateConfig
 
 # Each has sums of its own, which every shard computes, sends and stores.
 _MAX_DOMAINS = 16

@@ -8,7 +8,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from sere.conf.schema import CalibrateConfig, ConfigError
+from sere.conf.errors import ConfigError
+from sere.conf.schema import CalibrateConfig
 
 _SUFFIXES = {".parquet": "parquet", ".jsonl": "json", ".ndjson": "json", ".json": "json"}
 

@@ -13,7 +13,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import GrammarParseError, MissingMandatoryValue, OmegaConfBaseException
 
-from sere.conf.schema import ConfigError, unknown_key
+from sere.conf.errors import ConfigError, unknown_key
 
 Config = TypeVar("Config")
 

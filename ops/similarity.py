@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sere.conf.schema import ConfigError
+from sere.conf.errors import ConfigError
 
 FILE_NAME = "similarity.safetensors"
 FORMAT_VERSION = 1

@@ -142,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
 
-    from sere.conf.schema import ConfigError
+    from sere.conf.errors import ConfigError
 
     try:
         _run(arguments)

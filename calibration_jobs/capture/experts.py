@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sere.conf.schema import ConfigError
+from sere.conf.errors import ConfigError
 
 # GPT-OSS names the same arguments differently.
 _ARGUMENTS = (("hidden_states", "top_k_index", "top_k_weights"), ("hidden_states", "router_indices", "routing_weights"))

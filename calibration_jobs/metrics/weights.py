@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from sere.conf.schema import ConfigError
+from sere.conf.errors import ConfigError
 
 
 def check_weights(experts: nn.Module) -> None:

@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sere.calibration_jobs.workers.model import ModelFacts
-from sere.conf.schema import CalibrateConfig, ConfigError
+from sere.conf.errors import ConfigError
+from sere.conf.schema import CalibrateConfig
 from sere.pipeline.tracking.store import CANDIDATE, CHAMPION, REGISTRY_SCHEME, alias_version, resolve_artifact
 from sere.pipeline.tracking.tracker import NullTracker
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from sere.calibration_jobs.judge.agreement import agreement
 from sere.calibration_jobs.publish.numbers import best_metric, reference_errors, transfer_table
-from sere.conf.schema import ConfigError
+from sere.conf.errors import ConfigError
 from sere.ops.similarity import SimilarityArtifact
 from sere.pipeline.tracking import store as mlflow_store
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sere.conf.schema import CalibrateConfig, ConfigError
+from sere.conf.errors import ConfigError
+from sere.conf.schema import CalibrateConfig
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sere.conf.schema import ConfigError
+from sere.conf.errors import ConfigError
 from sere.pipeline.runtime.interrupts import end_in_order_on_sigterm
 
 # A worker that dies this often on the same task is not unlucky.

@@ -13,7 +13,8 @@ from typing import Any
 
 from sere.calibration_jobs.shards import TokenRow
 from sere.calibration_jobs.workers.results import Result
-from sere.conf.schema import CalibrateConfig, ConfigError
+from sere.conf.errors import ConfigError
+from sere.conf.schema import CalibrateConfig
 
 _OFFLOAD_PREFIX = "sere-offload-"
 

@@ -8,7 +8,8 @@ from typing import Any, get_args
 
 import torch
 
-from sere.conf.schema import ConfigError, RerouteConfig
+from sere.conf.errors import ConfigError
+from sere.conf.schema import RerouteConfig
 from sere.ops.engine.roles import metadata_gives_counts, metadata_gives_starts
 from sere.ops.kernels.cuda import MAX_EXPERTS, MAX_TOP_K
 

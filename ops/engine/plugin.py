@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sere.conf.schema import ConfigError
+from sere.conf.errors import ConfigError
 from sere.ops.engine.checks import self_selecting_experts
 from sere.ops.engine.state import ENGINE_STATES, EngineState, LayerState
 

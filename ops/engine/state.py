@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sere.conf.schema import ConfigError, RerouteConfig
+from sere.conf.errors import ConfigError
+from sere.conf.schema import RerouteConfig
 from sere.ops.engine.checks import find_attention_layer, refuse_engine_modes, refuse_monolithic, refuse_router, refuse_sizes
 from sere.ops.engine.counters import CounterFile, count_step
 from sere.ops.engine.roles import TokenRoles, fill_from_metadata

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sere.conf.schema import ConfigError
+from sere.conf.errors import ConfigError
 from sere.ops.reference import DECODE, PADDING, PREFILL, reroute_reference
 
 # Bounds of reroute.cu.

@@ -12,7 +12,8 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from sere.conf.schema import ConfigError, RerouteConfig
+from sere.conf.errors import ConfigError
+from sere.conf.schema import RerouteConfig
 from sere.ops.op import reroute_topk, voting_slots
 from sere.ops.reference import DECODE
 

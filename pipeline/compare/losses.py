@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sere.conf.schema import ConfigError
+from sere.conf.errors import ConfigError
 
 if TYPE_CHECKING:
     import numpy as np

@@ -9,7 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from sere.conf.schema import ConfigError
+from sere.conf.errors import ConfigError
 from sere.pipeline.compare import charts
 from sere.pipeline.compare.pareto import Recommendation
 from sere.pipeline.compare.runs import Row, difference

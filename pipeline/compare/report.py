@@ -5,7 +5,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sere.conf.schema import ConfigError
+from sere.conf.errors import ConfigError
 from sere.pipeline.compare.losses import SCORES_FILE, Loss, loss_of, read_scores
 from sere.pipeline.compare.page import write_report
 from sere.pipeline.compare.pareto import OBJECTIVES, Recommendation, recommend, with_fronts

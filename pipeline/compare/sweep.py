@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from sere.conf.errors import ConfigError
 from sere.conf.load import load_config
-from sere.conf.schema import ConfigError, GenerateConfig, SweepConfig
+from sere.conf.schema import GenerateConfig, SweepConfig
 from sere.pipeline.compare.report import compare
 from sere.pipeline.generate.driver import generate
 from sere.pipeline.generate.identity import flatten, settings_digest

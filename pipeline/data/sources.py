@@ -20,8 +20,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from sere.conf.errors import ConfigError
 from sere.conf.masking import mask_uri
-from sere.conf.schema import ConfigError, GenerateConfig
+from sere.conf.schema import GenerateConfig
 from sere.pipeline.generate.replica.answers import RESULT_SCHEMA
 from sere.pipeline.runtime.storage import open_filesystem
 

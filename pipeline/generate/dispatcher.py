@@ -16,7 +16,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from sere.conf.schema import ConfigError
+from sere.conf.errors import ConfigError
 from sere.pipeline.generate.parts import KEY
 
 _log = logging.getLogger(__name__)

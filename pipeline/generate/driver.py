@@ -17,7 +17,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from sere.conf.schema import ConfigError, GenerateConfig, RerouteConfig
+from sere.conf.errors import ConfigError
+from sere.conf.schema import GenerateConfig, RerouteConfig
 from sere.pipeline.data.sources import PLACE, Source, describe_file, find_sources, read_file, unify
 from sere.pipeline.evaluate.scorers import exact_match, score
 from sere.pipeline.generate.identity import (

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sere.conf.errors import ConfigError
 from sere.conf.masking import mask_values
-from sere.conf.schema import ConfigError, GenerateConfig, RerouteConfig
+from sere.conf.schema import GenerateConfig, RerouteConfig
 from sere.pipeline.generate.parts import RESULTS, RunFolder
 
 SIMILARITY = "similarity.safetensors"

@@ -5,7 +5,8 @@ from collections import Counter
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from sere.conf.schema import ConfigError, GenerateConfig
+from sere.conf.errors import ConfigError
+from sere.conf.schema import GenerateConfig
 from sere.pipeline.generate.identity import Session, write_session
 from sere.pipeline.generate.parts import Finished, RunFolder
 from sere.pipeline.tracking.tracker import NullTracker

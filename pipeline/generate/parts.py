@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from sere.conf.schema import ConfigError
+from sere.conf.errors import ConfigError
 from sere.pipeline.runtime.storage import Storage
 
 RESULTS = "results"

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from sere.calibration_jobs.workers.model import read_model_config
 from sere.calibration_jobs.workers.pool import start_ray
-from sere.conf.schema import ConfigError, GenerateConfig, RerouteConfig
+from sere.conf.errors import ConfigError
+from sere.conf.schema import GenerateConfig, RerouteConfig
 from sere.pipeline.generate.parts import RunFolder
 
 if TYPE_CHECKING:

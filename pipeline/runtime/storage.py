@@ -5,8 +5,8 @@ import os
 import uuid
 from typing import Any
 
+from sere.conf.errors import ConfigError
 from sere.conf.masking import mask_uri
-from sere.conf.schema import ConfigError
 
 
 def open_filesystem(uri: str, options: dict[str, Any]) -> tuple[Any, str]:

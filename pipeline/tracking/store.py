@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from sere.conf.errors import ConfigError
 from sere.conf.masking import mask_uri
-from sere.conf.schema import ConfigError, TrackingConfig
+from sere.conf.schema import TrackingConfig
 
 REGISTRY_SCHEME = "models:/"
 CANDIDATE, CHAMPION = "candidate", "champion"

@@ -10,7 +10,8 @@ import torch
 
 from sere.calibration_jobs.job import calibrate
 from sere.calibration_jobs.workers.model import load_model, pad_rows
-from sere.conf.schema import ConfigError, JudgeConfig, TrackingConfig
+from sere.conf.errors import ConfigError
+from sere.conf.schema import JudgeConfig, TrackingConfig
 from sere.ops.similarity import SimilarityArtifact
 
 pytestmark = pytest.mark.usefixtures("cluster")

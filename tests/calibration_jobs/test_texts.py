@@ -9,7 +9,8 @@ from transformers import AutoTokenizer
 
 from sere.calibration_jobs.shards import TokenRow, make_plan, tokenize
 from sere.calibration_jobs.texts import read_rows
-from sere.conf.schema import CalibrateConfig, ConfigError, JudgeConfig, TrackingConfig
+from sere.conf.errors import ConfigError
+from sere.conf.schema import CalibrateConfig, JudgeConfig, TrackingConfig
 
 TEXTS = ["zero", None, "two", "", "  ", "five", "six"]
 OFF = JudgeConfig(held_out_rows=0)

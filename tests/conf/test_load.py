@@ -5,8 +5,9 @@ import dataclasses
 import pytest
 import yaml
 
+from sere.conf.errors import ConfigError
 from sere.conf.load import load_config
-from sere.conf.schema import CalibrateConfig, ConfigError, GenerateConfig, RerouteConfig
+from sere.conf.schema import CalibrateConfig, GenerateConfig, RerouteConfig
 from tests.conftest import ROOT
 
 SHIPPED = {"calibrate": CalibrateConfig, "generate": GenerateConfig}

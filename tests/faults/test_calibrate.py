@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from sere.calibration_jobs.job import calibrate
-from sere.conf.schema import CalibrateConfig, ConfigError, JudgeConfig
+from sere.conf.errors import ConfigError
+from sere.conf.schema import CalibrateConfig, JudgeConfig
 from sere.ops.similarity import SimilarityArtifact
 from tests.conftest import DEMO_MODEL, ROOT
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from sere.conf.schema import ConfigError, RerouteConfig
+from sere.conf.errors import ConfigError
+from sere.conf.schema import RerouteConfig
 from sere.ops.policies.base import POLICIES, LayerInfo
 from sere.ops.reference import DECODE, reroute_reference
 from tests.ops.strategies import Step, steps

@@ -19,7 +19,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from sere.conf.schema import ConfigError, GenerateConfig
+from sere.conf.errors import ConfigError
+from sere.conf.schema import GenerateConfig
 from sere.pipeline.generate.identity import SIMILARITY
 from sere.pipeline.generate.parts import RunFolder
 from sere.pipeline.generate.replica.answers import Answer, answer_table

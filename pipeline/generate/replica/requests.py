@@ -8,7 +8,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from sere.conf.schema import ConfigError, GenerateConfig, SamplingConfig, StructuredOutputConfig
+from sere.conf.errors import ConfigError
+from sere.conf.schema import GenerateConfig, SamplingConfig, StructuredOutputConfig
 from sere.pipeline.data.sources import PROBLEM, template_columns
 
 ChatTemplate = Callable[[list[dict[str, Any]], dict[str, Any]], str]

@@ -6,7 +6,7 @@ import transformers
 from torch import Tensor
 
 from sere.calibration_jobs.capture.experts import ExpertsCall, find_expert_modules, intercept_experts, observe_experts
-from sere.conf.schema import ConfigError
+from sere.conf.errors import ConfigError
 
 FAMILIES = [
     "qwen2_moe", "qwen3_moe", "mixtral", "olmoe", "deepseek_v2", "deepseek_v3", "glm4_moe", "gpt_oss", "granitemoe", "phimoe",

@@ -13,7 +13,8 @@ import torch
 from rich.console import Console
 
 from sere.calibration_jobs.publish import versions
-from sere.conf.schema import ConfigError, TrackingConfig
+from sere.conf.errors import ConfigError
+from sere.conf.schema import TrackingConfig
 from sere.ops.similarity import SimilarityArtifact
 from sere.pipeline.tracking.store import alias_version, promote, resolve_artifact
 from sere.pipeline.tracking.tracker import resume, track

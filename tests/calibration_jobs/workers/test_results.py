@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sere.calibration_jobs.workers.results import DamagedResult, JobFolder
-from sere.conf.schema import ConfigError
+from sere.conf.errors import ConfigError
 
 SETTINGS = {"model": "m", "metrics": ("a", "b"), "length": 4}
 RESULT = ({"0.cka": torch.rand(3, 3, dtype=torch.float64), "1.cka": torch.rand(3, 3)}, {"num_tokens": 7})

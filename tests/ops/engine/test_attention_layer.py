@@ -6,7 +6,7 @@ from types import SimpleNamespace, new_class
 import pytest
 import torch
 
-from sere.conf.schema import ConfigError
+from sere.conf.errors import ConfigError
 from sere.ops.engine.checks import find_attention_layer
 from sere.ops.engine.roles import metadata_gives_counts, metadata_gives_starts
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sere.conf.schema import ConfigError, RerouteConfig
+from sere.conf.errors import ConfigError
+from sere.conf.schema import RerouteConfig
 from sere.ops.engine.checks import refuse_engine_modes, refuse_router
 from sere.ops.engine.plugin import register
 from sere.ops.engine.state import ENGINE_STATES

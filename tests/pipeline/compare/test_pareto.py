@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sere.conf.schema import ConfigError
+from sere.conf.errors import ConfigError
 from sere.pipeline.compare.losses import Loss, loss_of, paired_loss, read_scores
 from sere.pipeline.compare.pareto import pareto_front, recommend, with_fronts
 from sere.pipeline.compare.runs import Row

@@ -9,7 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
-from sere.conf.schema import ConfigError, EngineConfig, GenerateConfig, RerouteConfig, TrackingConfig
+from sere.conf.errors import ConfigError
+from sere.conf.schema import EngineConfig, GenerateConfig, RerouteConfig, TrackingConfig
 from sere.pipeline.cli import main
 from sere.pipeline.compare.report import compare
 from sere.pipeline.tracking.tracker import track

@@ -9,8 +9,9 @@ import mlflow
 import pyarrow.parquet as pq
 import pytest
 
+from sere.conf.errors import ConfigError
 from sere.conf.load import load_config
-from sere.conf.schema import ConfigError, SweepConfig
+from sere.conf.schema import SweepConfig
 from sere.pipeline.compare.sweep import expand
 from tests.conftest import ROOT
 

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sere.conf.schema import ConfigError, GenerateConfig
+from sere.conf.errors import ConfigError
+from sere.conf.schema import GenerateConfig
 from sere.pipeline.data.sources import PROBLEM, describe_file, find_sources, read_file, unify
 
 

@@ -9,7 +9,7 @@ import time
 import pyarrow as pa
 import pytest
 
-from sere.conf.schema import ConfigError
+from sere.conf.errors import ConfigError
 from sere.pipeline.generate.dispatcher import Dispatcher
 from sere.pipeline.generate.parts import KEY, RunFolder
 from sere.pipeline.generate.replica.actor import ReplicaStatus

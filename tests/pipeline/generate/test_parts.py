@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sere.conf.schema import ConfigError
+from sere.conf.errors import ConfigError
 from sere.pipeline.generate.identity import read_manifest, write_manifest
 from sere.pipeline.generate.parts import RunFolder
 from sere.pipeline.generate.replica.answers import Answer, answer_table

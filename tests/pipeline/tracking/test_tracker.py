@@ -9,7 +9,8 @@ import time
 import mlflow
 import pytest
 
-from sere.conf.schema import CalibrateConfig, ConfigError, TrackingConfig
+from sere.conf.errors import ConfigError
+from sere.conf.schema import CalibrateConfig, TrackingConfig
 from sere.pipeline.runtime.interrupts import uninterrupted
 from sere.pipeline.tracking.store import read_history, read_runs, resolve_artifact
 from sere.pipeline.tracking.tracker import NullTracker, track

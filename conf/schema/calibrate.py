@@ -1,0 +1,120 @@
+"""`sere calibrate`, and how its matrices are judged."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from sere.conf.errors import ConfigError
+from sere.conf.schema.checks import at_least, one_of
+from sere.conf.schema.reroute import METRICS, Metric
+from sere.conf.schema.tracking import TrackingConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JudgeConfig:
+    """How good an artifact's matrices are, measured on rows that were held out of calibration."""
+
+    held_out_rows: int = 128
+    """Rows held out, spread evenly over the data. 0: nothing is measured on held-out text."""
+    batch_sizes: tuple[int, ...] = (4, 16, 64)
+    """Decode batches for which the error of re-routed layers is measured."""
+    primary_top_k: tuple[int, ...] = (1, 2, 4)
+    """Values of S; those not below the model's top_k are left out, as they re-route nothing."""
+    threshold_quantiles: tuple[float, ...] = (0.25, 0.5, 0.75)
+    """Thresholds beside 0: these quantiles of each metric's off-diagonal similarities."""
+    emulate_batch_sizes: tuple[int, ...] = (16,)
+    """Decode batches of the teacher-forced emulation (perplexity, KL, agreement). Empty: no emulation."""
+    metric: Metric = "cosine"
+    """The metric whose figures stand for the artifact, in its tags and in `promote_if`."""
+    reference_batch_size: int = 16
+    """Decode batch of those figures; one of `batch_sizes`."""
+    reference_primary_top_k: int = 2
+    """S of those figures; one of `primary_top_k`."""
+    num_random: int = 3
+    """Random similarities that the control is averaged over."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        one_of(self, "metric")
+        at_least(self, 0, "held_out_rows")
+        at_least(self, 1, "num_random")
+        for name in ("batch_sizes", "primary_top_k", "emulate_batch_sizes"):
+            if any(value < 1 for value in getattr(self, name)):
+                raise ConfigError(f"judge.{name} must all be at least 1, got {list(getattr(self, name))}")
+        if not all(0 <= quantile <= 1 for quantile in self.threshold_quantiles):
+            raise ConfigError(f"judge.threshold_quantiles must be between 0 and 1, got {list(self.threshold_quantiles)}")
+        for name, value in (("batch_sizes", self.reference_batch_size), ("primary_top_k", self.reference_primary_top_k)):
+            if value not in getattr(self, name):
+                key = "reference_batch_size" if name == "batch_sizes" else "reference_primary_top_k"
+                raise ConfigError(f"judge.{key} must be one of judge.{name} {list(getattr(self, name))}, got {value}")
+        largest = max((*self.batch_sizes, *self.emulate_batch_sizes))
+        if 0 < self.held_out_rows < largest:
+            raise ConfigError(
+                f"judge.held_out_rows must be at least the largest batch ({largest}), got {self.held_out_rows}: hold out more "
+                "rows, take smaller judge.batch_sizes, or turn judging off with judge.held_out_rows=0"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CalibrateConfig:
+    """`sere calibrate`: expert similarity of one model from calibration text."""
+
+    model: str
+    """Folder or hub name of a Transformers MoE model."""
+    data: str
+    """Parquet or JSONL file, folder or glob with one text per row."""
+    output: str
+    """Similarity artifact to write (.safetensors). What the job needs to resume is kept beside it, in `calibration/`."""
+    overwrite: bool = False
+    """Throw away what an earlier job of this output left, and start anew."""
+    text_column: str = "text"
+    domain_column: str | None = None
+    """Column that names each row's domain, for measuring transfer between domains. None: one domain."""
+    metrics: tuple[str, ...] = METRICS
+    """Some of frobenius, cosine, cka and weights."""
+    num_sequences: int = 528
+    """Usable rows that are read, in order, held-out ones included; fewer if the data has fewer."""
+    sequence_length: int = 128
+    """Tokens per row; longer rows are cut, shorter ones padded (padding does not count)."""
+    batch_size: int = 32
+    """Rows per forward pass. Larger ones read offloaded weights less often."""
+    shard_rows: int = 32
+    """Rows of a shard: what one worker does at a time, and what is lost at most when it dies."""
+    block_tokens: int = 256
+    """Tokens whose outputs of all experts are compared at once: the minibatch of the CKA estimate."""
+    max_activation_bytes: int = 1 << 30
+    """Budget for one block's outputs of all experts and the metrics' copies; a smaller one makes smaller blocks."""
+    num_workers: int = 1
+    """Ray actors, each with its own copy of the model."""
+    num_cpus_per_worker: float = 1
+    num_gpus_per_worker: float = 0
+    max_memory_gib: float | None = None
+    """Memory for a worker's weights; what does not fit is read from disk at each use. None: the whole model is loaded."""
+    offload_folder: str | None = None
+    """Folder on each worker's machine for weights that have to be rewritten before they can be read layer by layer (up to the
+    model's size). None: the system's temporary folder."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
+    trust_remote_code: bool = False
+    registered_model: str | None = None
+    """Name in the MLflow model registry under which the artifact becomes a new version; None: sere- and the model's name."""
+    promote_if: Literal["never", "lower_held_out_error"] = "never"
+    """When alias champion moves to the new version: never (only `sere calibrate promote` moves it), or if its held-out error
+    is lower than the champion's on the same held-out rows."""
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def __post_init__(self) -> None:
+        one_of(self, "dtype", "promote_if")
+        at_least(self, 1, "num_sequences", "batch_size", "shard_rows", "num_workers", "max_activation_bytes")
+        at_least(self, 4, "sequence_length", "block_tokens")
+        at_least(self, 0, "num_cpus_per_worker", "num_gpus_per_worker")
+        if self.registered_model is not None and set(self.registered_model) & set("/:"):
+            raise ConfigError(f"registered_model must have no / or :, got {self.registered_model!r}")
+        if self.max_memory_gib is not None and not 0 < self.max_memory_gib < math.inf:
+            raise ConfigError(f"max_memory_gib must be above 0, got {self.max_memory_gib}")
+        if not self.metrics or not set(self.metrics) <= set(METRICS):
+            raise ConfigError(f"metrics must be some of {', '.join(METRICS)}, got {list(self.metrics)}")
+        if self.judge.held_out_rows and self.judge.metric not in self.metrics:
+            raise ConfigError(f"judge.metric {self.judge.metric!r} must be one of metrics ({', '.join(self.metrics)})")
+        if self.promote_if != "never" and not self.judge.held_out_rows:
+            raise ConfigError(f"promote_if={self.promote_if} needs held-out rows: set judge.held_out_rows")
