@@ -23,16 +23,17 @@ class JudgeConfig:
     threshold_quantiles: tuple[float, ...] = (0.25, 0.5, 0.75)
     """Thresholds beside 0: these quantiles of each metric's off-diagonal similarities."""
     emulate_batch_sizes: tuple[int, ...] = (16,)
-    """Decode batches of the teacher-forced emulation (perplexity, KL, agreement). Empty: no emulation."""
+    """Decode batches of the teacher-forced emulation (perplexity, KL, agreement). []: no emulation."""
     metric: Metric = "cosine"
-    """The metric whose figures stand for the artifact, in its tags and in `promote_if`."""
+    """The metric whose figures stand for the artifact, in its tags and in promote_if."""
     reference_batch_size: int = 16
-    """Decode batch of those figures; one of `batch_sizes`."""
+    """Decode batch of those figures; one of batch_sizes."""
     reference_primary_top_k: int = 2
-    """S of those figures; one of `primary_top_k`."""
+    """S of those figures; one of primary_top_k."""
     num_random: int = 3
     """Random similarities that the control is averaged over."""
     seed: int = 0
+    """Seed of the first of them."""
 
     def __post_init__(self) -> None:
         one_of(self, "metric")
@@ -62,16 +63,18 @@ class CalibrateConfig:
     model: str
     """Folder or hub name of a Transformers MoE model."""
     data: str
-    """Parquet or JSONL file, folder or glob with one text per row."""
+    """Parquet or JSONL file, folder or glob, with one text per row."""
     output: str
-    """Similarity artifact to write (.safetensors). What the job needs to resume is kept beside it, in `calibration/`."""
+    """Similarity artifact to write; the file's name is always similarity.safetensors. What the job needs to resume is kept
+    beside it, in calibration/."""
     overwrite: bool = False
     """Throw away what an earlier job of this output left, and start anew."""
     text_column: str = "text"
+    """Column of the text."""
     domain_column: str | None = None
-    """Column that names each row's domain, for measuring transfer between domains. None: one domain."""
+    """Column that names each row's domain: measures whether one domain's matrices serve another. null: one domain."""
     metrics: tuple[str, ...] = METRICS
-    """Some of frobenius, cosine, cka and weights."""
+    """Similarity metrics to compute: some of frobenius, cosine, cka, and weights, which needs no text."""
     num_sequences: int = 528
     """Usable rows that are read, in order, held-out ones included; fewer if the data has fewer."""
     sequence_length: int = 128
@@ -83,25 +86,32 @@ class CalibrateConfig:
     block_tokens: int = 256
     """Tokens whose outputs of all experts are compared at once: the minibatch of the CKA estimate."""
     max_activation_bytes: int = 1 << 30
-    """Budget for one block's outputs of all experts and the metrics' copies; a smaller one makes smaller blocks."""
+    """Bytes for one block's outputs of all experts and the metrics' copies; fewer make smaller blocks."""
     num_workers: int = 1
     """Ray actors, each with its own copy of the model."""
     num_cpus_per_worker: float = 1
+    """CPU cores Ray reserves for a worker."""
     num_gpus_per_worker: float = 0
+    """GPUs Ray reserves for a worker; 0 runs on the CPU."""
     max_memory_gib: float | None = None
-    """Memory for a worker's weights; what does not fit is read from disk at each use. None: the whole model is loaded."""
+    """Memory for a worker's weights; what does not fit is read from disk at each use. null: the whole model is loaded."""
     offload_folder: str | None = None
     """Folder on each worker's machine for weights that have to be rewritten before they can be read layer by layer (up to the
-    model's size). None: the system's temporary folder."""
+    model's size). null: the system's temporary folder."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
+    """auto (the checkpoint's), float32, bfloat16 or float16."""
     trust_remote_code: bool = False
+    """Run code that comes with the model. Off unless you trust it."""
     registered_model: str | None = None
-    """Name in the MLflow model registry under which the artifact becomes a new version; None: sere- and the model's name."""
+    """Name in the MLflow model registry under which the artifact becomes a new version, with alias candidate. null: sere- and
+    the model's name."""
     promote_if: Literal["never", "lower_held_out_error"] = "never"
-    """When alias champion moves to the new version: never (only `sere calibrate promote` moves it), or if its held-out error
-    is lower than the champion's on the same held-out rows."""
+    """When alias champion moves to the new version: never (only `sere calibrate promote` moves it), or lower_held_out_error:
+    if its held-out error is below the champion's, on the same held-out rows."""
     judge: JudgeConfig = field(default_factory=JudgeConfig)
+    """How good the matrices are, measured on rows that are held out of calibration."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    """Where the run is recorded."""
 
     def __post_init__(self) -> None:
         one_of(self, "dtype", "promote_if")

@@ -13,25 +13,28 @@ class EngineConfig:
     """The vLLM replicas."""
 
     num_replicas: int = 1
-    """Replicas the job needs to begin with; where nothing else is said, all it uses."""
+    """vLLM replicas the job needs to begin with; where nothing else is said, all it uses."""
     max_replicas: int | None = None
-    """Further replicas are started, up to this many, as the cluster has or gets room for them. None: num_replicas."""
+    """Further replicas are started, up to this many, as the cluster has or gets room for them. null: num_replicas."""
     max_num_seqs: int = 32
     """Sequences decoded together in one replica: the decode batch that quality figures refer to."""
     max_model_len: int | None = None
-    """Context length; None: the model's."""
+    """Context length; null: the model's."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """auto (the checkpoint's), float32, bfloat16 or float16."""
     tensor_parallel_size: int = 1
+    """GPUs (on the CPU: processes) that each layer of a replica is split over."""
     pipeline_parallel_size: int = 1
+    """Groups of them that a replica's layers are divided among."""
     executor: Literal["auto", "mp", "ray"] = "auto"
     """How a replica of several GPUs runs: mp, all on one node; ray, also over nodes; auto: mp."""
     enforce_eager: bool = False
     """Skip torch.compile and CUDA graphs: starts faster, decodes slower."""
     gpus_per_replica: float | None = None
-    """GPUs Ray reserves for a replica; None: tensor_parallel_size times pipeline_parallel_size if the cluster has GPUs, else 0.
-    A fraction shares a GPU: then lower gpu_memory_utilization in engine_kwargs."""
+    """GPUs Ray reserves for a replica; null: tensor_parallel_size times pipeline_parallel_size if the cluster has GPUs, else
+    0. A fraction shares a GPU: then lower gpu_memory_utilization in engine_kwargs."""
     accelerator_type: str | None = None
-    """Ray accelerator type of the GPUs wanted, for example H200; None: any."""
+    """Ray accelerator type of the GPUs wanted, for example H200; null: any."""
     cpus_per_replica: float = 1
     """CPU cores Ray reserves for a replica."""
     kv_cache_gib: float = 1.0
@@ -39,7 +42,9 @@ class EngineConfig:
     lora_adapters: dict[str, str] = field(default_factory=dict)
     """LoRA adapters by name: folder, or hub name."""
     max_lora_rank: int = 16
+    """Highest rank among the adapters."""
     trust_remote_code: bool = False
+    """Run code that comes with the model. Off unless you trust it."""
     engine_kwargs: dict[str, Any] = field(default_factory=dict)
     """Further arguments of vLLM's engine, as they are."""
 

@@ -22,63 +22,67 @@ class GenerateConfig:
     """Folder or hub name of the model."""
     data: str
     """Files, a folder or a glob of them (parquet, JSONL, CSV, text), a Hugging Face dataset (hub name, or a folder written by
-    `save_to_disk`), each also as an fsspec URI such as s3://bucket/prompts/*.jsonl."""
+    save_to_disk), each also as an fsspec URI such as s3://bucket/prompts/*.jsonl."""
     output: str
     """Run directory: a path that all nodes see, or an fsspec URI. The same command goes on with what is there."""
     overwrite: bool = False
     """Throw away what the run directory holds, and start anew."""
     data_format: DataFormat = "auto"
-    """auto: by the files' suffix; huggingface: `data` is a dataset's hub name or folder."""
+    """auto (by the files' suffix), parquet, json, csv, text, or huggingface: data is a dataset's hub name or folder."""
     data_split: str = "train"
     """Split of a Hugging Face dataset."""
     data_revision: str | None = None
-    """Revision of a hub dataset."""
+    """Revision of a hub dataset; null: its main branch."""
     storage_options: dict[str, Any] = field(default_factory=dict)
-    """Arguments of the fsspec file systems of `data` and `output`, for example {endpoint_url: ...}. Credentials belong into the
+    """Arguments of the fsspec file systems of data and output, for example {endpoint_url: ...}. Credentials belong into the
     environment."""
     id_column: str = "id"
-    """Missing ids are made from file and row: FILE#ROW."""
+    """Id of a row; missing ones are made from file and row: FILE#ROW."""
     prompt_column: str = "prompt"
     """Text to continue. Text files have one row a line, in this column."""
     template: str | None = None
     """Jinja template that makes the prompt from a row's columns, instead of prompt_column: "Q: {{ question }}"."""
     messages_column: str | None = None
-    """Chat messages (list of {role, content}), which the model's chat template makes a prompt, instead of prompt_column."""
+    """Chat messages (list of {role, content}), instead of prompt_column; the model's chat template makes them a prompt."""
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     """Further arguments of the chat template, for example {enable_thinking: false}."""
     sampling_column: str | None = None
-    """Column of mappings (or JSON text) that override `sampling` for their row."""
+    """Column of mappings (or JSON text) that override the keys of sampling for their row."""
     lora_column: str | None = None
-    """Column that names the row's LoRA adapter, one of engine.lora_adapters; null: the bare model."""
+    """Column that names the row's LoRA adapter, one of engine.lora_adapters; a row with null there gets the bare model."""
     reference_column: str = "reference"
-    """If the data has it, exact match is computed and recorded."""
+    """Expected answer. If the data has it, exact match is computed and recorded."""
     task_column: str = "task"
-    """If the data has it, exact match is also recorded per task."""
+    """Kind of row. If the data has it, exact match is also recorded per task."""
     batch_size: int = 64
     """Rows sent to a replica at a time."""
     concurrent_batches: int = 8
     """Batches a replica works on at once. Times batch_size it should exceed max_num_seqs, so that a free place is taken at
     once. 1 makes static batches: prompts are read together, then decoded together, and no step mixes the two."""
     num_rows: int | None = None
-    """Only the first rows, for a trial; None: all."""
+    """Only the first rows, for a trial; null: all."""
     order_by: tuple[str, ...] = ()
-    """Columns to sort rows by before they are generated, so that rows of a batch are alike (docs/generation.md)."""
+    """Columns to sort rows by before they are generated: rows decoded together that are alike, of one task say, need fewer
+    experts (docs/generation.md)."""
     preserve_order: bool = False
-    """Write the results in the input's order, at the end; the order of finishing otherwise."""
+    """Results in the input's order, written at the end; false: in the order of finishing, which saves writing them twice."""
     checkpoint_rows: int = 256
     """At most so many finished rows of a replica are done again after a driver's death: it writes them when they are half as
     many."""
     checkpoint_interval_s: float = 60
-    """Finished rows wait no longer than this to be written."""
+    """Finished rows wait no longer than this (seconds) to be written."""
     max_retries: int = 3
     """Times a row is tried again after its replica died; then it is reported as an error."""
     max_error_ratio: float = 1.0
     """Stop as soon as more than this share of rows (of 100 at least) failed. 1: never."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """What is generated for a prompt; names and meanings are those of vLLM's SamplingParams."""
     engine: EngineConfig = field(default_factory=EngineConfig)
+    """The vLLM replicas."""
     reroute: RerouteConfig | None = None
-    """None: unmodified vLLM, the plugin does nothing and nothing is counted."""
+    """Re-routing; null: unmodified vLLM, the plugin does nothing and nothing is counted."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    """Where the run is recorded."""
 
     def __post_init__(self) -> None:
         one_of(self, "data_format")

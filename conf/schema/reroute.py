@@ -18,28 +18,33 @@ class RerouteConfig:
     """How a replica re-routes: vLLM's `additional_config["sere"]`, and the `reroute` section of a generate config."""
 
     policy: PolicyName = "sere"
-    """none: count only; sere: to the most similar primary expert; top_k: drop all but primary_top_k slots; random: to a
-    random primary expert."""
+    """none: count only; sere: re-route to the most similar primary expert; top_k: drop all but primary_top_k slots; random:
+    re-route to a random primary expert."""
     similarity: str | None = None
-    """Similarity artifact: a path, or, in a generate config, models:/NAME@ALIAS. Needed by policy sere."""
+    """Artifact of `sere calibrate`: a path or, for `sere generate`, models:/NAME@ALIAS from the registry in tracking.uri.
+    Needed by policy sere."""
     metric: Metric = "cosine"
-    """Which of the artifact's matrices to use."""
+    """Which of its matrices: frobenius, cosine, cka or weights."""
     primary_top_k: int = 2
     """Slots per decode row whose experts are primary (the paper's S): 1 to the model's top_k."""
     threshold: float = 0.5
-    """Least similarity that re-routes (the paper's rho), 0 to 1. Useful values depend on the metric."""
+    """Least similarity that re-routes (the paper's rho), 0 to 1. Useful values depend on the metric: look at the off-diagonal
+    range in MLflow."""
     phase: Literal["decode", "all"] = "decode"
-    """decode: prompts are never touched; all: prompt rows are treated as decode rows (the paper)."""
+    """decode: prompts are never touched, their KV cache stays exact; all: prompt rows are re-routed too (the paper)."""
     min_tokens: int = 4
-    """Steps with fewer decode rows than this are left alone: there is nothing to save, and quality suffers most."""
+    """Steps with fewer decode rows are left alone: there is nothing to save, and quality suffers most."""
     max_tokens: int = 1024
-    """Steps with more rows than this are left alone."""
+    """Steps with more rows are left alone."""
     seed: int = 0
     """Seed of policy random."""
     check_model: bool = True
-    """Refuse an artifact computed from other weights than the model's. Off: only layer and expert counts must match."""
+    """Refuse an artifact computed from other weights. false, for a quantised copy of the same model: only layer and expert
+    counts must match."""
     stats_dir: str | None = None
-    """Folder for the counters (one pair of files per engine worker). None: nothing is counted. `sere generate` sets it."""
+    """Folder for the counters, on each replica's node; `sere.ops.engine.counters.read_counters` reads them while the engine
+    runs and after it, however it ended. null: nothing is counted, except by `sere generate`, which records their sums
+    anyway."""
 
     def __post_init__(self) -> None:
         one_of(self, "policy", "metric", "phase")

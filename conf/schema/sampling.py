@@ -44,8 +44,10 @@ class SamplingConfig:
     """What is generated for a prompt. Names and meanings are vLLM's `SamplingParams`."""
 
     max_tokens: int = 256
+    """Most tokens generated for a prompt."""
     min_tokens: int = 0
     temperature: float = 0.0
+    """0: the most likely token every time."""
     top_p: float = 1.0
     top_k: int = 0
     """0: all tokens."""
@@ -54,10 +56,13 @@ class SamplingConfig:
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
     stop: tuple[str, ...] = ()
+    """Texts that end an answer; they are not part of it."""
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     seed: int | None = None
+    """Seed of each row's draws; null: the engine's."""
     structured_output: StructuredOutputConfig | None = None
+    """What every answer must look like: {json: SCHEMA}, {regex: ...}, {choice: [...]} or {grammar: ...}; null: anything."""
 
     def __post_init__(self) -> None:
         for name, least, most in _INTEGERS:

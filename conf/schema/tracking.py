@@ -8,6 +8,8 @@ class TrackingConfig:
     """Where runs are recorded."""
 
     uri: str | None = "sqlite:///runs/mlflow.db"
-    """MLflow tracking URI; empty: record nothing."""
+    """MLflow tracking URI; empty records nothing."""
     experiment: str = "sere"
+    """MLflow experiment; `sere compare` reads one."""
     run_name: str | None = None
+    """Name of the run; null: the job's name, or the policy of a generate job."""
