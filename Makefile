@@ -4,7 +4,7 @@ VENV ?= .venv
 VLLM ?= 0.32.0
 BIN = $(VENV)/bin
 
-.PHONY: install demo test lint clean
+.PHONY: install demo test lint types clean
 
 install:
 	@$(PYTHON) scripts/install.py --venv $(VENV) --vllm $(VLLM)
@@ -12,12 +12,15 @@ install:
 demo: install
 	@$(BIN)/python scripts/demo.py
 
-test: install
+test: install types
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	@$(BIN)/python -m pytest
 
-lint: install
+lint: install types
 	@$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+types: install
+	@$(BIN)/mypy
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info

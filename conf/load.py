@@ -46,8 +46,11 @@ def load_config(schema: type[Config], path: str | Path, overrides: Sequence[str]
         from_overrides = OmegaConf.from_dotlist(list(overrides))
         merged = OmegaConf.merge(from_file, from_overrides)
         values = OmegaConf.to_container(merged, resolve=True)
+        assert isinstance(values, dict)
         _check_keys(schema, values, f"{file} or the command line" if overrides else str(file))
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), values))
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), values))
+        assert isinstance(config, schema)
+        return config
     except MissingMandatoryValue as error:
         raise ConfigError(f"{file}: {error.full_key} must be set") from error
     except (OmegaConfBaseException, GrammarParseError) as error:
@@ -60,7 +63,7 @@ def load_config(schema: type[Config], path: str | Path, overrides: Sequence[str]
 def _nested(hint: Any) -> type | None:
     """The dataclass of a field, also where it may be None."""
     options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-    return next((option for option in options if dataclasses.is_dataclass(option)), None)
+    return next((option for option in options if isinstance(option, type) and dataclasses.is_dataclass(option)), None)
 
 
 def _check_keys(schema: type, values: dict[Any, Any], where: str, prefix: str = "") -> None:
