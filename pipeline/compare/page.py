@@ -11,9 +11,11 @@ from typing import Any
 
 from sere.conf.errors import ConfigError
 from sere.pipeline.compare import charts
+from sere.pipeline.compare.artifacts import load_artifact
+from sere.pipeline.compare.heatmaps import heatmaps
 from sere.pipeline.compare.pareto import Recommendation
 from sere.pipeline.compare.runs import Row, difference
-from sere.pipeline.tracking.store import read_history
+from sere.pipeline.tracking.runs import read_history
 
 _MAX_HEATMAPS = 4
 _NAMES = {"none": "unmodified", "sere": "sere", "random": "random (control)", "top_k": "top_k (control)"}
@@ -50,7 +52,7 @@ def write_report(
     template = environment.from_string((templates / "report.html.jinja").read_text(encoding="utf-8"))
     rows = [row for members, _ in groups.values() for row in members]
     numbers = {row.run_id: number for number, row in enumerate(rows, start=1)}
-    heatmaps, heading, note = _heatmaps(rows, uri)
+    pictures, heading, note = _heatmaps(rows, uri)
     notes = [*notes, note] if note else notes
     page = template.render(
         css=(templates / "report.css").read_text(encoding="utf-8"),
@@ -59,7 +61,7 @@ def write_report(
         groups=[_group(name, *group, numbers, uri, max_loss) for name, group in groups.items()],
         policies=[(charts.symbol(policy), _NAMES.get(policy, policy)) for policy in dict.fromkeys(row.policy for row in rows)],
         max_loss=f"{max_loss:g}",
-        heatmaps=heatmaps,
+        heatmaps=pictures,
         heatmaps_of=heading,
         settings=_settings(rows),
         configurations=[(numbers[row.run_id], row.label) for row in rows],
@@ -211,10 +213,7 @@ def _heatmaps(rows: list[Row], uri: str) -> tuple[list[str], str, str]:
         return [], "", ""
     source, metric = users[0].params["reroute.similarity"], users[0].params["reroute.metric"]
     try:
-        from sere.calibration_jobs.publish import figures as pictures
-        from sere.calibration_jobs.publish import versions
-
-        artifact = versions.load(source, uri=uri)
+        artifact = load_artifact(source, uri=uri)
         artifact.matrix(artifact.layers[0], metric)
     except (ConfigError, OSError) as error:
         return [], "", f"no similarity heatmaps, as {source} cannot be read: {error}"
@@ -223,7 +222,7 @@ def _heatmaps(rows: list[Row], uri: str) -> tuple[list[str], str, str]:
         # From the first to the last, evenly.
         layers = [layers[round(i * (len(layers) - 1) / (_MAX_HEATMAPS - 1))] for i in range(_MAX_HEATMAPS)]
     few = dataclasses.replace(artifact, manifest={**artifact.manifest, "layers": layers, "metrics": [metric]})
-    for _, figure in pictures.heatmaps(few):
+    for _, figure in heatmaps(few):
         opened = io.BytesIO()
         figure.savefig(opened, format="png", dpi=90)
         found.append(base64.b64encode(opened.getvalue()).decode())

@@ -11,7 +11,7 @@ from sere.pipeline.compare.page import write_report
 from sere.pipeline.compare.pareto import OBJECTIVES, Recommendation, recommend, with_fronts
 from sere.pipeline.compare.runs import Row, difference, groups_of, rows_of
 from sere.pipeline.compare.table import make_figure, make_table, make_task_table, write_csv
-from sere.pipeline.tracking.store import download_file, read_runs
+from sere.pipeline.tracking.runs import download_file, read_runs
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -3,10 +3,10 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from sere.conf.nested import flatten
 from sere.conf.schema import GenerateConfig, RerouteConfig
 from sere.pipeline.compare.losses import Loss
 
@@ -71,18 +71,11 @@ _GROUP = (
 _OPTIONAL = ("phase", "min_tokens", "max_tokens", "seed")
 
 
-def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", str(value)
-
-
 @functools.cache
 def _defaults() -> dict[str, str]:
     """A run that was recorded before a setting existed had what is now its default."""
-    return dict(_leaves(dataclasses.asdict(GenerateConfig(model="", data="", output=""))))
+    values = flatten(dataclasses.asdict(GenerateConfig(model="", data="", output="")))
+    return {key: str(value) for key, value in values.items()}
 
 
 def _group(params: dict[str, str], data_digest: str) -> tuple[tuple[str, str], ...]:

@@ -12,10 +12,10 @@ import yaml
 
 from sere.conf.errors import ConfigError
 from sere.conf.load import load_config
+from sere.conf.nested import digest_of, flatten
 from sere.conf.schema import GenerateConfig, SweepConfig
 from sere.pipeline.compare.report import compare
 from sere.pipeline.generate.driver import generate
-from sere.pipeline.generate.identity import flatten, settings_digest
 from sere.pipeline.generate.summary import print_summary
 from sere.pipeline.runtime.storage import Storage
 from sere.pipeline.tracking.tracker import resume, track
@@ -79,7 +79,7 @@ def expand(config: SweepConfig) -> list[Point]:
             name = _name({"reroute.policy": policy or "", **point}).strip(",")
             if found.get(name, point) != point:
                 # Values that differ only in what a file's name cannot have.
-                name += "," + settings_digest(point)[:8]
+                name += "," + digest_of(point)[:8]
             found.setdefault(name, point)
     points = []
     for name, settings in found.items():
@@ -90,8 +90,13 @@ def expand(config: SweepConfig) -> list[Point]:
     return points
 
 
-def sweep(config: SweepConfig, console: "Console") -> None:
+def sweep(config: SweepConfig, console: "Console", *, ray_address: str | None = None) -> None:
     """Run every configuration, or go on with them, and compare.
+
+    Args:
+        config: The job.
+        console: Where to print.
+        ray_address: As in `generate`.
 
     Raises:
         ConfigError: if a setting is wrong; or, after all others have run, if some could not be run.
@@ -108,7 +113,7 @@ def sweep(config: SweepConfig, console: "Console") -> None:
         for number, point in enumerate(points, start=1):
             console.print(f"[{number} of {len(points)}] {point.name}", markup=False, highlight=False, soft_wrap=True)
             try:
-                print_summary(generate(point.config, parent_run_id=tracker.run_id), console)
+                print_summary(generate(point.config, ray_address=ray_address, parent_run_id=tracker.run_id), console)
             except ConfigError as error:
                 failed[point.name] = str(error)
                 console.print(f"  failed: {error}", markup=False, highlight=False, soft_wrap=True)

@@ -1,19 +1,31 @@
-"""What a generate job is: the settings that determine its results, the artifact it uses, and what of it was done before."""
+"""What a generate job is: the settings that determine its results, the artifact it uses, and what it writes."""
 
 import dataclasses
 import hashlib
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sere.conf.errors import ConfigError
 from sere.conf.masking import mask_values
+from sere.conf.nested import flatten
 from sere.conf.schema import GenerateConfig, RerouteConfig
-from sere.pipeline.generate.parts import RESULTS, RunFolder
+from sere.pipeline.generate.parts import PART_NAMES, RESULTS
+from sere.pipeline.runtime.job_folder import JobKind
 
 SIMILARITY = "similarity.safetensors"
 """The artifact, in the run directory: every node finds it there."""
+MANIFEST = "manifest.json"
+SESSIONS = "sessions"
+SESSION_NAMES = r"\d+\.json"
+GENERATE = JobKind(
+    name="generate",
+    finished=MANIFEST,
+    files=("run.json", "errors.parquet", "summary.json", SIMILARITY),
+    results=RESULTS,
+    folders={RESULTS: PART_NAMES, SESSIONS: SESSION_NAMES, "logs": r"s\d+-r\d+\.log"},
+    settings_of_0_1=frozenset({"model_digest", "batch_size", "sampling.max_tokens"}),
+)
 # What may change between a run and its continuation, as it does not change what a row's answer is made with.
 _FREE = (
     "output",
@@ -39,15 +51,9 @@ _FREE_OF_ENGINE = (
 )
 
 
-def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, with dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
-    return flat
-
-
-def job_settings(config: GenerateConfig, *, model_digest: str, fingerprints: dict[str, Any], artifact: bytes) -> dict[str, Any]:
+def job_settings(
+    config: GenerateConfig, *, model_digest: str | None, fingerprints: dict[str, Any], artifact: bytes
+) -> dict[str, Any]:
     """All that a row's answer depends on, as flat JSON values: of two jobs with equal settings one can go on with the other."""
     values = dataclasses.asdict(config)
     for key in _FREE:
@@ -65,11 +71,6 @@ def job_settings(config: GenerateConfig, *, model_digest: str, fingerprints: dic
     return json.loads(json.dumps(settings))
 
 
-def settings_digest(settings: dict[str, Any]) -> str:
-    """SHA-256 of JSON values, whatever their order."""
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-
-
 def read_similarity(reroute: RerouteConfig | None, path: Path | None) -> bytes:
     """The artifact's bytes; empty where none is used."""
     if reroute is None or reroute.policy != "sere" or path is None:
@@ -78,55 +79,3 @@ def read_similarity(reroute: RerouteConfig | None, path: Path | None) -> bytes:
         return (path / SIMILARITY if path.is_dir() else path).read_bytes()
     except OSError as error:
         raise ConfigError(f"artifact {path} cannot be read ({error.strerror}): give the path of one") from error
-
-
-@dataclass
-class Session:
-    """One driver's share of the work. Its figures outlive it in `sessions/`."""
-
-    number: int
-    elapsed_s: float = 0.0
-    generation_s: float = 0.0
-    """From the first request to the last answer."""
-    working_s: float = 0.0
-    """From the first replica that was ready until all that could be done was written."""
-    startup_s: float = 0.0
-    """Until the first replica was ready."""
-    generated_tokens: int = 0
-    num_rows: int = 0
-    num_replaced: int = 0
-    counters: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)
-    """SERE's counters by layer, summed over replicas."""
-
-
-def read_sessions(folder: RunFolder) -> list[Session]:
-    """Earlier drivers' sessions, in order."""
-    found = [folder.storage.get_json(name) for name in folder.storage.sizes("sessions")]
-    return [Session(**values) for values in found if values is not None]
-
-
-def write_session(folder: RunFolder, session: Session) -> None:
-    folder.storage.put_json(f"sessions/{session.number:04d}.json", dataclasses.asdict(session))
-
-
-def write_manifest(folder: RunFolder, values: dict[str, Any]) -> None:
-    """Declare the job finished: from now on the results are the files that are there."""
-    sizes = folder.storage.sizes(RESULTS)
-    folder.storage.put_json("manifest.json", {**values, "digest": folder.digest, "files": sizes})
-
-
-def read_manifest(folder: RunFolder) -> dict[str, Any] | None:
-    """The manifest of a finished job; None if the job is not finished, or its files are not those in the manifest.
-
-    Raises:
-        ConfigError: if it names a file that is not in the run directory.
-    """
-    manifest = folder.storage.get_json("manifest.json")
-    if not isinstance(manifest, dict) or manifest.get("digest") != folder.digest:
-        return None
-    try:
-        for name in manifest["files"]:
-            folder.storage.locate(name)
-    except ValueError as error:
-        raise ConfigError(f"manifest.json is not to be trusted: {error}. Move the run directory away") from error
-    return manifest if manifest["files"] == folder.storage.sizes(RESULTS) else None

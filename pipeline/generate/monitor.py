@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from sere.conf.errors import ConfigError
 from sere.conf.schema import GenerateConfig
-from sere.pipeline.generate.identity import Session, write_session
-from sere.pipeline.generate.parts import Finished, RunFolder
+from sere.pipeline.generate.parts import Finished
+from sere.pipeline.generate.record import Session, write_session
+from sere.pipeline.runtime.job_folder import JobFolder
 from sere.pipeline.tracking.tracker import NullTracker
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ class Monitor:
         num_rows: int,
         before: Finished,
         earlier: list[Session],
-        folder: RunFolder,
+        folder: JobFolder,
         tracker: NullTracker,
     ) -> None:
         """Args:
@@ -95,7 +96,7 @@ class Monitor:
         if final or now - self._recorded > _RECORD_S:
             self._recorded = now
             self._record(handles, num_errors)
-            write_session(self._folder, session)
+            write_session(self._folder.storage, session)
         self._folder.beat()
         if not final:
             self._judge(handles, session.num_rows, num_errors)

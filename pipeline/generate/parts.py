@@ -1,21 +1,16 @@
-"""The run directory of a generate job: whose it is, the parts that are finished, and which rows are in them.
+"""The parts of a generate job's results, and which rows are in them.
 
 Parts are the truth. A part is a parquet file that some replica wrote whole; each row in it names the file and row it answers,
 so what is left to do is always the input less the rows in the parts. Two parts may hold the same row (a replica that was given
-up wrote once more): the first part in order of names keeps it.
+up wrote once more): the first part in order of names keeps it. A part is damaged only if all of its bytes were read and are no
+parquet; then it is moved aside.
 """
 
-import fcntl
 import io
-import json
 import logging
-import os
-import re
-import socket
-import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,30 +18,25 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from sere.conf.errors import ConfigError
+from sere.pipeline.data.source import PLACE
 from sere.pipeline.runtime.storage import Storage
 
 RESULTS = "results"
+PART_NAMES = r"part-.+\.parquet"
+"""Pattern of the names in `RESULTS`."""
 _PART = f"{RESULTS}/part-"
-KEY = ["source_file", "source_row"]
+KEY = PLACE.names
 """Columns that say which input row a row answers."""
-_JOB = "job.json"
-DAMAGED = "damaged"
-"""Folder of parts that are no parquet, kept to be looked at."""
+_DAMAGED = "damaged"
 _OWNER = b"sere.owner"
-_FILES = ("manifest.json", "run.json", "errors.parquet", "summary.json", "similarity.safetensors")
-_FOLDERS = {RESULTS: r"part-.+\.parquet", "sessions": r"\d+\.json", "logs": r"s\d+-r\d+\.log"}
-"""Names of the files that a job writes, beside `_FILES`, job.json and the lock."""
-_SETTINGS_0_1 = {"model_digest", "batch_size", "sampling.max_tokens"}
-"""Some settings of every job of version 0.1, whose job.json holds nothing else."""
-_log = logging.getLogger(__name__)
-_HEARTBEAT_S = 5.0
 # Object stores are slow to answer, and many requests at a time are not slower than one.
 _THREADS = 16
+_log = logging.getLogger(__name__)
 
 
 @dataclass
 class Finished:
-    """The rows that are in the parts."""
+    """The rows that are in the parts; `Parts.scan` fills it."""
 
     rows: dict[str, np.ndarray] = field(default_factory=dict)
     """Per source file the finished positions, sorted."""
@@ -57,149 +47,24 @@ class Finished:
     """Rows that were in two parts, and are now in one."""
 
 
-def _difference(before: dict[str, Any], now: dict[str, Any]) -> str:
-    keys = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
-    shown = "; ".join(f"{key} was {before.get(key)!r}, is {now.get(key)!r}" for key in keys[:5])
-    return shown + (f"; and {len(keys) - 5} more" if len(keys) > 5 else "")
+class Parts:
+    """The parts in a job's folder. Picklable: replicas write them from other nodes."""
 
+    def __init__(self, storage: Storage, digest: str) -> None:
+        """Nothing is read or written yet.
 
-class RunFolder:
-    """A run directory. Use as a context manager: while it is open no other process can open it."""
-
-    def __init__(self, storage: Storage, settings: dict[str, Any], *, digest: str, overwrite: bool) -> None:
-        """Args:
-        storage: Where it is.
-        settings: What determines the results, as flat JSON values. Another job's folder is refused.
-        digest: Of the settings; parts carry it.
-        overwrite: Throw away what is there.
+        Args:
+            storage: The job's folder.
+            digest: Of the job's settings; parts carry it, and those of another job are refused.
         """
         self.storage = storage
         self.digest = digest
-        self._settings = settings
-        self._overwrite = overwrite
-        self._lock: Any = None
 
-    def __enter__(self) -> "RunFolder":
-        """Raises:
-        ConfigError: if it cannot be written, another process works here, or it belongs to other settings.
-        """
-        try:
-            self._take()
-            try:
-                self._claim()
-            except BaseException:
-                self.__exit__()
-                raise
-        except ConfigError:
-            raise
-        except Exception as error:
-            # Every kind of storage has errors of its own.
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise ConfigError(f"cannot write into {self.storage.shown} ({reason}): choose another output") from error
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._lock is not None:
-            # The lock goes with the file, also when the process is killed.
-            self._lock.close()
-        else:
-            self.storage.remove("driver.json")
-
-    def _take(self) -> None:
-        busy = f"another process works in {self.storage.shown}: wait for it, or choose another output"
-        if self.storage.is_local:
-            os.makedirs(self.storage.path, exist_ok=True)
-            self._lock = open(self.storage.locate("lock"), "w")  # noqa: SIM115
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                self._lock.close()
-                raise ConfigError(busy) from None
-            return
-        # No locks there: a process at work writes a new time every few seconds.
-        before = self.storage.get("driver.json")
-        if before is not None:
-            time.sleep(3 * _HEARTBEAT_S)
-            if self.storage.get("driver.json") != before:
-                raise ConfigError(busy)
-        self._beaten = 0.0
-        self.beat()
-
-    def beat(self) -> None:
-        """Say that this process is at work; to be called every few seconds."""
-        if self._lock is None and time.monotonic() - self._beaten > _HEARTBEAT_S:
-            self._beaten = time.monotonic()
-            self.storage.put_json("driver.json", {"process": f"{socket.gethostname()}:{os.getpid()}", "time": time.time()})
-
-    def _claim(self) -> None:
-        before = self._read_job()
-        if before is None:
-            # Never mix with files of somebody else.
-            found = [name for name in _FILES if self.storage.get(name) is not None]
-            found += [name for folder in (RESULTS, "sessions") for name in self.storage.sizes(folder)]
-            if found:
-                raise ConfigError(
-                    f"{self.storage.shown} has {found[0]}, which this program did not write (there is no job.json): choose "
-                    "another output, a new folder for example"
-                )
-            self._note_job()
-            return
-        is_same = before["settings"] == self._settings
-        is_finished = self.storage.get(_FILES[0]) is not None
-        has_results = bool(self.parts())
-        # The command that overwrote, given again, goes on with what it began.
-        overwrites = self._overwrite and not (is_same and before["overwrites"] and not is_finished)
-        if before["clearing"] or overwrites or not (is_same or has_results):
-            # From now on nothing counts that is still there, also if this is interrupted.
-            self._note_job(clearing=True)
-            self._clear()
-            self._note_job()
-        elif not is_same:
-            raise ConfigError(
-                f"{self.storage.shown} holds another job ({_difference(before['settings'], self._settings)}): choose another "
-                "output, or set overwrite=true to throw it away"
-            )
-
-    def _read_job(self) -> dict[str, Any] | None:
-        """What job.json says, or None if there is none.
-
-        Raises:
-            ConfigError: if it is not this program's.
-        """
-        content = self.storage.get(_JOB)
-        if content is None:
-            return None
-        try:
-            job = json.loads(content)
-        except ValueError:
-            job = None
-        if isinstance(job, dict) and job.get("sere") == "generate":
-            return job
-        if isinstance(job, dict) and set(job) >= _SETTINGS_0_1:
-            return {"settings": job, "overwrites": False, "clearing": False}
-        raise ConfigError(f"{self.storage.shown} has a job.json that this program did not write: choose another output")
-
-    def _note_job(self, *, clearing: bool = False) -> None:
-        job = {"sere": "generate", "settings": self._settings, "overwrites": self._overwrite, "clearing": clearing}
-        self.storage.put_json(_JOB, job)
-
-    def _clear(self) -> None:
-        """Remove what a job has written, and no other file."""
-        names = list(_FILES)
-        for folder, pattern in _FOLDERS.items():
-            names += [name for name in self.storage.sizes(folder) if re.fullmatch(pattern, name.removeprefix(f"{folder}/"))]
-        for name in names:
-            self.storage.remove(name)
-
-    def for_replicas(self) -> "RunFolder":
-        """The same folder, not entered, to be sent to other processes."""
-        return RunFolder(self.storage, {}, digest=self.digest, overwrite=False)
-
-    def write_part(self, name: str, table: pa.Table) -> None:
+    def write(self, name: str, table: pa.Table) -> None:
         """Write `results/part-NAME.parquet`."""
         self.storage.put(f"{_PART}{name}.parquet", to_parquet(table, self.digest))
 
-    def parts(self, prefix: str = "") -> list[str]:
+    def names(self, prefix: str = "") -> list[str]:
         """The parts whose name begins so."""
         return [name for name in self.storage.sizes(RESULTS) if name.startswith(_PART + prefix)]
 
@@ -208,7 +73,7 @@ class RunFolder:
         with self.storage.filesystem.open(self.storage.locate(name), "rb") as opened:
             return pq.read_table(opened, columns=columns)
 
-    def read_all(self, names: list[str], columns: list[str] | None = None) -> Any:
+    def read_all(self, names: list[str], columns: list[str] | None = None) -> Iterator[pa.Table]:
         """Tables of several parts, in order, read ahead."""
         with ThreadPoolExecutor(_THREADS) as threads:
             for start in range(0, len(names), _THREADS):
@@ -226,7 +91,7 @@ class RunFolder:
             with ThreadPoolExecutor(_THREADS) as threads:
                 tables = dict(zip(sizes, threads.map(self._keys, sizes, sizes.values()), strict=True))
             for name in [name for name, table in tables.items() if table is None]:
-                aside = f"{DAMAGED}/{name.rsplit('/', 1)[-1]}"
+                aside = f"{_DAMAGED}/{name.rsplit('/', 1)[-1]}"
                 _log.warning(
                     "%s is no parquet file: it is kept as %s, and its rows are done again", self.storage.locate(name), aside
                 )

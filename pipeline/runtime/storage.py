@@ -25,6 +25,11 @@ def open_filesystem(uri: str, options: dict[str, Any]) -> tuple[Any, str]:
     return filesystem, path
 
 
+def first_line(error: Exception) -> str:
+    """Of an error's text; its type where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 class Storage:
     """A folder. Picklable: other nodes open it by its URI, with credentials from their own environment."""
 

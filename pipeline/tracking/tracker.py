@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sere.conf.masking import mask_uri, mask_values
+from sere.conf.nested import flatten
 from sere.conf.schema import TrackingConfig
 from sere.pipeline.runtime.interrupts import uninterrupted
 from sere.pipeline.tracking.store import first_line, quiet, unusable, use_experiment, use_store
@@ -116,7 +117,7 @@ class MlflowTracker(NullTracker):
 
         values = mask_values(dataclasses.asdict(config))
         mlflow.log_dict(values, "config.json")
-        self.log_params(dict(_leaves(values)))
+        self.log_params(flatten(values))
 
     @uninterrupted()
     def log_params(self, params: Mapping[str, Any]) -> None:
@@ -192,14 +193,6 @@ class MlflowTracker(NullTracker):
         import mlflow
 
         mlflow.MlflowClient().set_registered_model_alias(name, alias, version)
-
-
-def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def source_commit() -> str:

@@ -21,3 +21,15 @@ def s3_bucket():
         fsspec.filesystem("s3").mkdir("runs")
         yield "s3://runs"
     server.stop()
+
+
+@pytest.fixture(params=["local", "memory", "s3"])
+def uri(request, tmp_path):
+    if request.param == "local":
+        return str(tmp_path / "run")
+    if request.param == "s3":
+        return f"{request.getfixturevalue('s3_bucket')}/{tmp_path.name}"
+    import fsspec
+
+    fsspec.filesystem("memory").store.clear()
+    return "memory://bucket/run"

@@ -122,7 +122,12 @@ def test_datasets(generate, tmp_path):
 
 def test_replicas_that_do_not_fit(generate):
     # Ray runs by now, started for one replica.
-    refused(generate("engine.num_replicas=500"), "500 replicas need 500 cores", "lower engine.num_replicas")
+    refused(
+        generate("engine.num_replicas=500"),
+        "a job of 500 replicas",
+        "needs 501 CPUs",
+        "lower engine.num_replicas",
+    )
 
 
 def test_output_of_something_else(run, tmp_path, demo_artifact):

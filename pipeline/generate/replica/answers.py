@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from sere.pipeline.data.source import PLACE
+
 RESULT_SCHEMA = pa.schema(
     [
         ("generated_text", pa.string()),
@@ -13,8 +15,7 @@ RESULT_SCHEMA = pa.schema(
         ("num_generated_tokens", pa.int64()),
         ("finish_reason", pa.string()),
         ("error", pa.string()),
-        ("source_file", pa.string()),
-        ("source_row", pa.int64()),
+        *PLACE,
     ]
 )
 _MAX_ERROR = 500

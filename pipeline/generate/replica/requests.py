@@ -10,7 +10,8 @@ import pyarrow as pa
 
 from sere.conf.errors import ConfigError
 from sere.conf.schema import GenerateConfig, SamplingConfig, StructuredOutputConfig
-from sere.pipeline.data.sources import PROBLEM, template_columns
+from sere.pipeline.data.source import PROBLEM
+from sere.pipeline.generate.columns import template_columns
 
 ChatTemplate = Callable[[list[dict[str, Any]], dict[str, Any]], str]
 

@@ -12,7 +12,11 @@ from hypothesis import strategies as st
 
 from sere.conf.errors import ConfigError
 from sere.conf.schema import GenerateConfig
-from sere.pipeline.data.sources import PROBLEM, describe_file, find_sources, read_file, unify
+from sere.pipeline.data.find import find_sources
+from sere.pipeline.data.read import describe_file, read_file
+from sere.pipeline.data.scan import unify
+from sere.pipeline.data.source import PROBLEM
+from sere.pipeline.generate.columns import check_columns, input_spec
 
 
 def config(data, **changes):
@@ -20,8 +24,12 @@ def config(data, **changes):
 
 
 def open_source(data, **changes):
-    listing = find_sources(config(data, **changes))
-    return unify(listing, [describe_file(listing, index) for index in range(len(listing.files))])
+    made = config(data, **changes)
+    listing = find_sources(input_spec(made))
+    files = [describe_file(listing, index) for index in range(len(listing.files))]
+    source = unify(listing, files, num_rows=made.num_rows)
+    check_columns(made, source.schema)
+    return source
 
 
 def read(source, index=0, *, rows_per_table=3, skip=None):

@@ -11,9 +11,9 @@ import pytest
 
 from sere.conf.errors import ConfigError
 from sere.pipeline.generate.dispatcher import Dispatcher
-from sere.pipeline.generate.parts import KEY, RunFolder
-from sere.pipeline.generate.replica.actor import ReplicaStatus
+from sere.pipeline.generate.parts import KEY, Parts
 from sere.pipeline.generate.replica.answers import Answer, answer_table
+from sere.pipeline.generate.replica.spec import ReplicaStatus
 from sere.pipeline.runtime.storage import Storage
 
 SCHEMA = pa.schema([("prompt", pa.string())])
@@ -22,8 +22,8 @@ SCHEMA = pa.schema([("prompt", pa.string())])
 class Worker:
     """Answers like a replica, after a moment; a prompt `die` ends its process."""
 
-    def __init__(self, name, folder, checkpoint_rows, start_error=None):
-        self.name, self.folder, self.checkpoint_rows, self.start_error = name, folder, checkpoint_rows, start_error
+    def __init__(self, name, parts, checkpoint_rows, start_error=None):
+        self.name, self.parts, self.checkpoint_rows, self.start_error = name, parts, checkpoint_rows, start_error
         self.finished, self.tables, self.left, self.written, self.num_parts = [], {}, {}, [], 0
         self.num_rows = 0
 
@@ -50,7 +50,7 @@ class Worker:
         rows, self.finished = self.finished, []
         if rows:
             self.num_parts += 1
-            self.folder.write_part(f"{self.name}-{self.num_parts}", answer_table(rows, self.tables, SCHEMA, "id"))
+            self.parts.write(f"{self.name}-{self.num_parts}", answer_table(rows, self.tables, SCHEMA, "id"))
         for number, _, _ in rows:
             self.left[number] -= 1
             if not self.left[number]:
@@ -79,22 +79,22 @@ def local_ray():
 @pytest.fixture
 def job(local_ray, tmp_path):
     """A function that runs prompts through workers, and returns the rows in the parts."""
-    folder = RunFolder(Storage(str(tmp_path / "run")), {}, digest="d", overwrite=False)
+    parts = Parts(Storage(str(tmp_path / "run")), "d")
 
     def run(prompts, *, batch=5, num_replicas=2, max_retries=3, checkpoint_rows=7, while_running=None, start_error=None):
         def start(number):
             name = f"r{number:04d}"
             error = start_error(number) if start_error else None
             options = {"num_cpus": 1, "max_concurrency": 100}
-            return name, local_ray.remote(Worker).options(**options).remote(name, folder.for_replicas(), checkpoint_rows, error)
+            return name, local_ray.remote(Worker).options(**options).remote(name, parts, checkpoint_rows, error)
 
         def keys_written(name):
-            tables = [folder.read(part, KEY).select(KEY) for part in folder.parts(f"{name}-")]
+            tables = [parts.read(part, KEY).select(KEY) for part in parts.names(f"{name}-")]
             return {key for table in tables for key in zip(*(column.to_pylist() for column in table.columns), strict=True)}
 
         def give_up(table, why):
             rows = [(0, row, Answer(error=why)) for row in range(len(table))]
-            folder.write_part(f"driver-{time.time_ns()}", answer_table(rows, {0: table}, SCHEMA, "id"))
+            parts.write(f"driver-{time.time_ns()}", answer_table(rows, {0: table}, SCHEMA, "id"))
 
         def batches():
             for at in range(0, len(prompts), batch):
@@ -111,15 +111,14 @@ def job(local_ray, tmp_path):
             keys_written=keys_written,
             give_up=give_up,
         )
-        with folder:
-            try:
-                for _ in dispatcher.run(batches()):
-                    if while_running is not None:
-                        while_running(dispatcher)
-            finally:
-                dispatcher.close(timeout_s=10)
-            assert folder.scan().num_duplicates == 0, "a dead worker's parts are read before its rows go to another one"
-            rows = [row for table in folder.read_all(folder.parts()) for row in table.to_pylist()]
+        try:
+            for _ in dispatcher.run(batches()):
+                if while_running is not None:
+                    while_running(dispatcher)
+        finally:
+            dispatcher.close(timeout_s=10)
+        assert parts.scan().num_duplicates == 0, "a dead worker's parts are read before its rows go to another one"
+        rows = [row for table in parts.read_all(parts.names()) for row in table.to_pylist()]
         return sorted(rows, key=lambda row: row["source_row"]), dispatcher
 
     return run

@@ -96,12 +96,12 @@ def test_calibration_run(calibrated, folder):
 
 def test_looking_at_versions(calibrated, folder):
     uri = f"sqlite:///{folder}/ml.db"
-    shown = sere("calibrate", "inspect", "models:/sere-demo-moe@champion", "--uri", uri, "--output", f"{folder}/pictures")
+    shown = sere("artifact", "inspect", "models:/sere-demo-moe@champion", "--uri", uri, "--output", f"{folder}/pictures")
     assert "Held-out re-routing error" in shown and "Teacher-forced decode emulation" in shown
     assert (folder / "pictures" / "held_out_error.png").stat().st_size > 5000
-    assert "Provenance: the same" in sere("calibrate", "diff", str(calibrated), "models:/sere-demo-moe/1", "--uri", uri)
-    assert "champion is version 1, was 1" in sere("calibrate", "promote", "models:/sere-demo-moe@candidate", "--uri", uri)
-    error = sere("calibrate", "promote", "models:/sere-demo-moe/2", "--uri", uri, status=2)
+    assert "Provenance: the same" in sere("artifact", "diff", str(calibrated), "models:/sere-demo-moe/1", "--uri", uri)
+    assert "champion is version 1, was 1" in sere("artifact", "promote", "models:/sere-demo-moe@candidate", "--uri", uri)
+    error = sere("artifact", "promote", "models:/sere-demo-moe/2", "--uri", uri, status=2)
     assert "models:/sere-demo-moe/2 cannot be promoted" in error and "Traceback" not in error
 
 

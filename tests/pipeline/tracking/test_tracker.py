@@ -12,7 +12,8 @@ import pytest
 from sere.conf.errors import ConfigError
 from sere.conf.schema import CalibrateConfig, TrackingConfig
 from sere.pipeline.runtime.interrupts import uninterrupted
-from sere.pipeline.tracking.store import read_history, read_runs, resolve_artifact
+from sere.pipeline.tracking.registry import resolve_artifact
+from sere.pipeline.tracking.runs import read_history, read_runs
 from sere.pipeline.tracking.tracker import NullTracker, track
 
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from sere.pipeline.generate.replica.actor import Replica
+from sere.pipeline.generate.replica.engine import ReplicaEngine
 from sere.pipeline.generate.replica.engine_loop import EngineLoop
 
 
@@ -77,8 +77,10 @@ def test_a_text_that_the_tokenizer_refuses_fails_alone():
             raise ValueError("bad text")
         return {"input_ids": [[len(text)] for text in texts]}
 
-    replica = Replica(SimpleNamespace(config=SimpleNamespace(messages_column=None)))
-    replica._engine = SimpleNamespace(get_tokenizer=lambda: tokenizer)
-    assert replica._tokenize(["a", "bb"]) == [[1], [2]]
-    one, error, other = replica._tokenize(["a", "bad", "bb"])
+    # Not started: tokenising needs the tokenizer alone.
+    engine = ReplicaEngine.__new__(ReplicaEngine)
+    engine._config = SimpleNamespace(messages_column=None)
+    engine._engine = SimpleNamespace(get_tokenizer=lambda: tokenizer)
+    assert engine.tokenize(["a", "bb"]) == [[1], [2]]
+    one, error, other = engine.tokenize(["a", "bad", "bb"])
     assert (one, str(error), other) == ([1], "bad text", [2])

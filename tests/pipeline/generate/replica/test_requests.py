@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sere.conf.schema import EngineConfig, GenerateConfig, SamplingConfig, StructuredOutputConfig
-from sere.pipeline.data.sources import PROBLEM
+from sere.pipeline.data.source import PROBLEM
 from sere.pipeline.generate.replica.requests import RequestMaker
 
 

@@ -1,0 +1,66 @@
+"""Which files there are, unread."""
+
+import glob
+import os
+import re
+from typing import Any
+
+from sere.conf.errors import ConfigError
+from sere.conf.masking import mask_uri
+from sere.pipeline.data.hub import is_saved_dataset
+from sere.pipeline.data.source import InputSpec, Source, SourceFile
+from sere.pipeline.runtime.storage import first_line, open_filesystem
+
+_LINES = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".txt": "text", ".text": "text"}
+_SUFFIXES = {".parquet": "parquet", **_LINES}
+_COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
+
+
+def find_sources(spec: InputSpec) -> Source:
+    """List the input's files, unread.
+
+    Raises:
+        ConfigError: if there are none, or of several kinds.
+    """
+    if spec.data_format == "huggingface" or (spec.data_format == "auto" and is_saved_dataset(spec.data)):
+        return Source("huggingface", (SourceFile(spec.data_split, spec.data),), spec)
+    filesystem, root = open_filesystem(spec.data, spec.storage_options)
+    try:
+        paths = _list(filesystem, root)
+    except Exception as error:
+        # Every kind of storage has errors of its own.
+        raise ConfigError(f"data {mask_uri(spec.data)} cannot be listed ({mask_uri(first_line(error))})") from error
+    if not paths:
+        if spec.data_format == "auto" and re.fullmatch(r"[\w.-]+/[\w.-]+", spec.data) and "." not in spec.data.split("/")[1]:
+            # Not a path here: a dataset of the hub.
+            return Source("huggingface", (SourceFile(spec.data_split, spec.data),), spec)
+        raise ConfigError(
+            f"no data at {mask_uri(spec.data)} (seen from {os.getcwd()}): give a parquet, JSONL, CSV or text file, a folder "
+            "of them, a glob, a Hugging Face dataset, or an fsspec URI of one of these"
+        )
+    kinds = {_kind(path) if spec.data_format == "auto" else spec.data_format for path in paths}
+    if len(kinds) > 1 or None in kinds:
+        shown = ", ".join(sorted({os.path.splitext(path)[1] or "no suffix" for path in paths}))
+        raise ConfigError(
+            f"{mask_uri(spec.data)} has files of several or unknown kinds ({shown}): set data_format, or give a glob"
+        )
+    shared = os.path.dirname(paths[0]) if len(paths) == 1 else os.path.commonpath(paths)
+    files = sorted((SourceFile(os.path.relpath(path, shared), path) for path in paths), key=lambda file: file.name)
+    return Source(kinds.pop(), tuple(files), spec)
+
+
+def _list(filesystem: Any, root: str) -> list[str]:
+    if glob.has_magic(root) and not filesystem.exists(root):
+        return sorted(path for path in filesystem.glob(root) if filesystem.isfile(path))
+    if filesystem.isfile(root):
+        return [root]
+    if not filesystem.isdir(root):
+        return []
+    found = [path for path in filesystem.find(root) if _kind(path) is not None]
+    below = len(root.rstrip("/")) + 1
+    return sorted(path for path in found if not any(part[:1] in "._" for part in path[below:].split("/")))
+
+
+def _kind(path: str) -> str | None:
+    stem, suffix = os.path.splitext(path.lower())
+    return _SUFFIXES.get(os.path.splitext(stem)[1] if suffix in _COMPRESSIONS else suffix)

@@ -1,0 +1,64 @@
+"""The nouns of this room: what is asked for, what was found, and what is said of each row."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import pyarrow as pa
+
+Kind = Literal["parquet", "json", "csv", "text", "huggingface"]
+PROBLEM = "sere_problem"
+"""Column of the reader: what is wrong with a row that cannot be read, "" if nothing is."""
+FILE_NUMBER = "sere_file"
+"""Column with the number of a row's file, while rows are put in order."""
+PLACE = pa.schema([("source_file", pa.string()), ("source_row", pa.int64())])
+"""Columns of the reader: a row's file and its position there, which never change."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputSpec:
+    """Where input is; every job makes one from its config."""
+
+    data: str
+    """Files, a folder or a glob of them, or a Hugging Face dataset, each also as an fsspec URI."""
+    text_column: str
+    """Where lines of a text file go."""
+    data_format: Literal["auto", "parquet", "json", "csv", "text", "huggingface"] = "auto"
+    data_split: str = "train"
+    data_revision: str | None = None
+    storage_options: dict[str, Any] = field(default_factory=dict)
+    checks_text: bool = True
+    """Whether a value of `text_column` that is not text is a problem of its row."""
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """A file, or a split of a Hugging Face dataset. `find_sources` fills name and path, `describe_file` the rest."""
+
+    name: str
+    """What ids are made of: the path below the folder that all files share."""
+    path: str
+    """For the file system of `Source.data`."""
+    num_rows: int = 0
+    fingerprint: str = ""
+    """Of the contents, where they can be read cheaply; else what the file system says changes with them."""
+    schema: pa.Schema | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """The input: files of one kind. Picklable."""
+
+    kind: Kind
+    files: tuple[SourceFile, ...]
+    spec: InputSpec
+    schema: pa.Schema | None = None
+    """The columns of all files together, from `scan_input`."""
+
+    @property
+    def num_rows(self) -> int:
+        return sum(file.num_rows for file in self.files)
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """Per file what tells it from another of the same name."""
+        return {file.name: f"{file.num_rows} rows, {file.fingerprint}" for file in self.files}

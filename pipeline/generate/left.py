@@ -1,0 +1,56 @@
+"""What is left to do: the input's rows less the finished ones, read in parallel and cut into batches."""
+
+import functools
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow as pa
+
+from sere.conf.errors import ConfigError
+from sere.conf.schema import GenerateConfig
+from sere.pipeline.data.read import read_file
+from sere.pipeline.data.source import Source
+from sere.pipeline.generate.parts import Finished
+
+# Small, so that the first rows of a large file arrive soon.
+_BLOCK_BYTES = 16 * 2**20
+
+
+def _read(batch: dict[str, Any], *, source: Any, rows_per_table: int) -> Iterator[pa.Table]:
+    """A Ray Data function: from the number of a file to its rows that are left."""
+    import ray
+
+    described, finished = ray.get(source[0])
+    for index in batch["index"]:
+        name = described.files[int(index)].name
+        yield from read_file(described, int(index), rows_per_table=rows_per_table, skip=finished.get(name))
+
+
+def read_batches(source: Source, finished: Finished, config: GenerateConfig) -> Iterator[pa.Table]:
+    """The rows that are not finished, `batch_size` at a time, in the input's order or by `order_by`."""
+    import ray
+    import ray.data
+
+    context = ray.data.DataContext.get_current()
+    # Our own progress shows rows and tokens; Ray Data's shows operators.
+    context.enable_progress_bars = False
+    # It logs every failure with several tracebacks, before the exception that is handled here.
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+    context.execution_options.preserve_order = True
+    context.target_max_block_size = _BLOCK_BYTES
+    left = [
+        {"index": index} for index, file in enumerate(source.files) if file.num_rows > len(finished.rows.get(file.name, ()))
+    ]
+    if not left:
+        return
+    # In a list: as an argument of its own Ray Data would not let it through.
+    reference = [ray.put((source, finished.rows))]
+    read = functools.partial(_read, source=reference, rows_per_table=config.batch_size)
+    rows = ray.data.from_items(left, override_num_blocks=len(left)).map_batches(read, batch_size=1, num_cpus=0.5)
+    if config.order_by:
+        rows = rows.sort(list(config.order_by))
+    try:
+        yield from rows.iter_batches(batch_size=config.batch_size, batch_format="pyarrow", prefetch_batches=2)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause if isinstance(error.cause, ConfigError) else error.as_instanceof_cause() from None
