@@ -45,3 +45,23 @@ def demo_artifact(tmp_path_factory) -> Path:
     manifest = {"num_experts": 64, "layers": [0, 1, 2, 3], "metrics": ["cosine"], "model": model}
     folder = tmp_path_factory.mktemp("artifact")
     return SimilarityArtifact(matrices, manifest).save(folder / "similarity.safetensors")
+
+
+@pytest.fixture(scope="session")
+def s3_bucket():
+    """The URI of a bucket of a real S3 server on this machine; address and keys are in the environment, for subprocesses too."""
+    pytest.importorskip("s3fs", reason="s3fs is not installed")
+    server_class = pytest.importorskip("moto.server", reason="moto is not installed").ThreadedMotoServer
+    server = server_class(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        patch.setenv("AWS_ACCESS_KEY_ID", "id")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "hunter2")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        import fsspec
+
+        fsspec.filesystem("s3").mkdir("runs")
+        yield "s3://runs"
+    server.stop()

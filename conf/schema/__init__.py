@@ -5,8 +5,9 @@ everywhere. Imports only the standard library.
 """
 
 from sere.conf.schema.calibrate import CalibrateConfig, JudgeConfig
+from sere.conf.schema.data import DataFormat
 from sere.conf.schema.engine import EngineConfig
-from sere.conf.schema.generate import DataFormat, GenerateConfig
+from sere.conf.schema.generate import GenerateConfig
 from sere.conf.schema.reroute import METRICS, Metric, PolicyName, RerouteConfig
 from sere.conf.schema.sampling import SamplingConfig, StructuredOutputConfig
 from sere.conf.schema.sweep import SweepConfig

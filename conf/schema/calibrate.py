@@ -2,10 +2,11 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from sere.conf.errors import ConfigError
 from sere.conf.schema.checks import at_least, one_of
+from sere.conf.schema.data import DataFormat
 from sere.conf.schema.reroute import METRICS, Metric
 from sere.conf.schema.tracking import TrackingConfig
 
@@ -63,14 +64,24 @@ class CalibrateConfig:
     model: str
     """Folder or hub name of a Transformers MoE model."""
     data: str
-    """Parquet or JSONL file, folder or glob, with one text per row."""
+    """Text: files, a folder or a glob of them (parquet, JSONL, CSV, text; one text per row), or a Hugging Face dataset (hub
+    name, or a folder written by save_to_disk), each also as an fsspec URI such as s3://bucket/text/*.jsonl."""
     output: str
     """Similarity artifact to write; the file's name is always similarity.safetensors. What the job needs to resume is kept
     beside it, in calibration/."""
     overwrite: bool = False
     """Throw away what an earlier job of this output left, and start anew."""
+    data_format: DataFormat = "auto"
+    """auto (by the files' suffix), parquet, json, csv, text, or huggingface: data is a dataset's hub name or folder."""
+    data_split: str = "train"
+    """Split of a Hugging Face dataset."""
+    data_revision: str | None = None
+    """Revision of a hub dataset; null: its main branch."""
+    storage_options: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the fsspec file system of data, for example {endpoint_url: ...}. Credentials belong into the
+    environment."""
     text_column: str = "text"
-    """Column of the text."""
+    """Column of the text. Text files have one row a line, in this column."""
     domain_column: str | None = None
     """Column that names each row's domain: measures whether one domain's matrices serve another. null: one domain."""
     metrics: tuple[str, ...] = METRICS
@@ -114,7 +125,7 @@ class CalibrateConfig:
     """Where the run is recorded."""
 
     def __post_init__(self) -> None:
-        one_of(self, "dtype", "promote_if")
+        one_of(self, "data_format", "dtype", "promote_if")
         at_least(self, 1, "num_sequences", "batch_size", "shard_rows", "num_workers", "max_activation_bytes")
         at_least(self, 4, "sequence_length", "block_tokens")
         at_least(self, 0, "num_cpus_per_worker", "num_gpus_per_worker")

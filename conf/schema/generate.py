@@ -2,16 +2,15 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from sere.conf.errors import ConfigError
 from sere.conf.schema.checks import at_least, one_of
+from sere.conf.schema.data import DataFormat
 from sere.conf.schema.engine import EngineConfig
 from sere.conf.schema.reroute import RerouteConfig
 from sere.conf.schema.sampling import SamplingConfig
 from sere.conf.schema.tracking import TrackingConfig
-
-DataFormat = Literal["auto", "parquet", "json", "csv", "text", "huggingface"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

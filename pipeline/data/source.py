@@ -5,6 +5,8 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
+from sere.conf.schema import DataFormat
+
 Kind = Literal["parquet", "json", "csv", "text", "huggingface"]
 PROBLEM = "sere_problem"
 """Column of the reader: what is wrong with a row that cannot be read, "" if nothing is."""
@@ -22,7 +24,7 @@ class InputSpec:
     """Files, a folder or a glob of them, or a Hugging Face dataset, each also as an fsspec URI."""
     text_column: str
     """Where lines of a text file go."""
-    data_format: Literal["auto", "parquet", "json", "csv", "text", "huggingface"] = "auto"
+    data_format: DataFormat = "auto"
     data_split: str = "train"
     data_revision: str | None = None
     storage_options: dict[str, Any] = field(default_factory=dict)

@@ -1,7 +1,10 @@
 """Reading text: usable rows, remarks on the others, and errors."""
 
+import csv
+import gzip
 import json
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -21,21 +24,30 @@ def config(data, **changes):
     return CalibrateConfig(**{**values, "tracking": TrackingConfig(uri=""), **changes})
 
 
-@pytest.fixture(params=["parquet", "jsonl"])
+@pytest.fixture(params=["parquet", "jsonl", "jsonl.gz", "csv", "saved"])
 def data(request, tmp_path):
     file = tmp_path / f"d.{request.param}"
     rows = [{"text": text, "kind": "ab"[i % 2]} for i, text in enumerate(TEXTS)]
     if request.param == "parquet":
         pq.write_table(pa.Table.from_pylist(rows), file)
+    elif request.param == "saved":
+        datasets.Dataset.from_list(rows).save_to_disk(str(file))
+    elif request.param == "csv":
+        # CSV knows no null.
+        lines = [["text", "kind"], *([row["text"] or "", row["kind"]] for row in rows)]
+        with file.open("w", newline="") as opened:
+            csv.writer(opened).writerows(lines)
     else:
-        file.write_text("\n".join(json.dumps(row) for row in rows))
+        lines = "\n".join(json.dumps(row) for row in rows).encode()
+        file.write_bytes(gzip.compress(lines) if request.param == "jsonl.gz" else lines)
     return file
 
 
 def test_usable_rows_in_order_and_remarks_on_the_others(data):
     rows, remarks = read_rows(config(data))
     assert [(row.number, row.text) for row in rows] == [(0, "zero"), (2, "two"), (5, "five"), (6, "six")]
-    assert [(r.number, r.remark) for r in remarks] == [(1, "skipped: null"), (3, "skipped: empty"), (4, "skipped: empty")]
+    first = "empty" if data.suffix == ".csv" else "null"
+    assert [(r.number, r.remark) for r in remarks] == [(1, f"skipped: {first}"), (3, "skipped: empty"), (4, "skipped: empty")]
     assert {remark.file for remark in remarks} == {str(data)}
     first, remarks = read_rows(config(data, num_sequences=2))
     assert [row.text for row in first] == ["zero", "two"] and len(remarks) == 1, "num_sequences counts usable rows"
@@ -48,11 +60,11 @@ def test_rows_that_are_not_text(tmp_path):
     rows, remarks = read_rows(config(file))
     assert [row.text for row in rows] == ["a", "b"]
     assert [remark.remark.removeprefix("skipped: ") for remark in remarks] == [
-        "not text but int",
-        "not a JSON object",
-        "not a JSON object",
+        "text is not text but int",
+        "line 3 is not a JSON object",
+        "line 4 is not a JSON object",
         "null",
-        "not text but list",
+        "text is not text but list",
     ]
     pq.write_table(pa.table({"text": [1, 2]}), tmp_path / "numbers.parquet")
     with pytest.raises(ConfigError, match="no usable text in 'text': all 2 rows are unusable, the first is skipped: not text"):
@@ -62,13 +74,13 @@ def test_rows_that_are_not_text(tmp_path):
 def test_input_errors(tmp_path):
     with pytest.raises(ConfigError, match="no data at"):
         read_rows(config(tmp_path / "none.parquet"))
-    (tmp_path / "a.csv").write_text("x")
-    with pytest.raises(ConfigError, match="all parquet or all JSONL"):
-        read_rows(config(tmp_path / "a.csv"))
+    (tmp_path / "a.bin").write_text("x")
+    with pytest.raises(ConfigError, match="several or unknown kinds"):
+        read_rows(config(tmp_path / "a.bin"))
     pq.write_table(pa.table({"text": ["a"]}), tmp_path / "one.parquet")
     with pytest.raises(ConfigError, match=r"no column 'body' \(there: text\)"):
         read_rows(config(tmp_path / "one.parquet", text_column="body"))
-    with pytest.raises(ConfigError, match="row 0 has no column 'kind'"):
+    with pytest.raises(ConfigError, match=r"one\.parquet has no column 'kind' .*set domain_column"):
         read_rows(config(tmp_path / "one.parquet", domain_column="kind"))
     pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "empty.parquet")
     with pytest.raises(ConfigError, match=r"empty or damaged|no usable text"):
@@ -141,3 +153,19 @@ def test_too_many_domains_are_refused_and_uncalibrated_ones_left_out():
 def test_file_names_are_not_patterns(tmp_path):
     pq.write_table(pa.table({"text": ["a"]}), tmp_path / "a[1].parquet")
     assert [row.text for row in read_rows(config(tmp_path))[0]] == ["a"]
+
+
+def test_texts_in_an_object_store(uri_of_texts):
+    rows, remarks = read_rows(config(uri_of_texts))
+    assert [row.text for row in rows] == ["one", "two"] and not remarks
+
+
+@pytest.fixture(params=["memory", "s3"])
+def uri_of_texts(request):
+    """A JSONL file that only fsspec reaches."""
+    import fsspec
+
+    uri = f"{request.getfixturevalue('s3_bucket')}/texts.jsonl" if request.param == "s3" else "memory://bucket/texts.jsonl"
+    with fsspec.open(uri, "w") as opened:
+        opened.write('{"text": "one"}\n{"text": "two"}\n')
+    return uri
