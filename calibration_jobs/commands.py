@@ -45,14 +45,16 @@ def _add_artifact_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _artifact(arguments: argparse.Namespace, around: Surroundings) -> None:
-    from sere.calibration_jobs.publish import versions
+    from sere.calibration_jobs.publish.diff import diff
+    from sere.calibration_jobs.publish.inspect import inspect
+    from sere.calibration_jobs.publish.promote import promote
 
     if arguments.action == "inspect":
-        versions.inspect(arguments.artifact, uri=arguments.uri, output=arguments.output, console=around.console)
+        inspect(arguments.artifact, uri=arguments.uri, output=arguments.output, console=around.console)
     elif arguments.action == "diff":
-        versions.diff(arguments.first, arguments.second, uri=arguments.uri, console=around.console)
+        diff(arguments.first, arguments.second, uri=arguments.uri, console=around.console)
     else:
-        versions.promote(arguments.version, uri=arguments.uri, console=around.console)
+        promote(arguments.version, uri=arguments.uri, console=around.console)
 
 
 CALIBRATE = Command(

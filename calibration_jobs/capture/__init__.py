@@ -1,1 +1,1 @@
-"""Every token through every expert."""
+"""Every token through every expert. Read experts.py first: it holds the nouns."""

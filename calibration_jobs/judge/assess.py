@@ -1,118 +1,115 @@
 """Judges the matrices of a job: how reliable they are, whether they transfer, and what held-out rows say."""
 
-import dataclasses
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
-from sere.calibration_jobs.judge.candidates import (
-    candidates_of,
-    emulation_rows,
-    emulation_tasks,
-    held_out_rows,
-    held_out_tasks,
-    policies_of,
-    transfer_candidates,
-)
-from sere.calibration_jobs.publish.record import champion_matrices
-from sere.calibration_jobs.shards import Plan
-from sere.calibration_jobs.workers.model import ModelFacts
-from sere.calibration_jobs.workers.pool import Task
+from sere.calibration_jobs.facts import JobFacts, Similarities
+from sere.calibration_jobs.judge.agreement import transfer
+from sere.calibration_jobs.judge.candidates import Candidate, candidates_of, policies_of, transfer_candidates
+from sere.calibration_jobs.judge.champion import Champion, read_champion
+from sere.calibration_jobs.judge.rows import emulation_rows, held_out_rows
+from sere.calibration_jobs.judge.tasks import emulation_tasks, held_out_tasks
+from sere.calibration_jobs.metrics.base import Matrices
+from sere.calibration_jobs.shards import TokenRow
 from sere.calibration_jobs.workers.results import Result, digest_of
-from sere.calibration_jobs.workers.tasks import TaskRunner
-from sere.conf.schema import CalibrateConfig
-
-if TYPE_CHECKING:
-    from sere.calibration_jobs.judge.held_out import Candidate
-    from sere.calibration_jobs.metrics.merge import MergedSums
+from sere.calibration_jobs.workers.runner import TaskRunner
+from sere.calibration_jobs.workers.task import Task
 
 
-def assess(
-    config: CalibrateConfig,
-    model: ModelFacts,
-    tasks: TaskRunner,
-    plan: Plan,
-    merged: "MergedSums | None",
-    matrices: dict,
-    growth: list[dict[str, Any]],
-    key: str,
-    name: str,
-    run_id: str | None,
-) -> dict[str, Any]:
+def assess(job: JobFacts, tasks: TaskRunner, found: Similarities) -> dict[str, Any]:
     """All figures: reliability, transfer, and what held-out rows say. The champion is judged beside, on the same rows."""
-    from sere.calibration_jobs.judge.agreement import transfer
-
-    quality: dict[str, Any] = {"reliability": growth}
-    token_metrics = [metric for metric in config.metrics if metric != "weights"]
-    if merged is not None and len(plan.domains) > 1:
-        by_domain = [(domain, merged.matrices(domain=number)) for number, domain in enumerate(plan.domains)]
-        quality["transfer"] = {metric: transfer(by_domain, metric) for metric in token_metrics}
-    champion, champion_of = champion_matrices(config, model, name, run_id)
-    if champion_of is not None:
-        key = digest_of({"key": key, "champion": champion_of})[:12]
-        quality["champion_version"] = champion_of
-    return quality | _judge(config, model, tasks, plan, merged, matrices, champion, key)
-
-
-def _judge(
-    config: CalibrateConfig,
-    model: ModelFacts,
-    tasks: TaskRunner,
-    plan: Plan,
-    merged: "MergedSums",
-    matrices: dict,
-    champion: Any,
-    key: str,
-) -> dict[str, Any]:
-    """Everything that held-out rows say. `key` keeps the results of other judge settings apart."""
-    import ray
-
-    settings = config.judge
-    top_ks = [s for s in settings.primary_top_k if model.top_k is None or s < model.top_k]
-    if not plan.held_out or not top_ks:
-        return {}
-    tasks.start_ray()
-
-    def run(prefix: str, make: Callable[[], list[Task]], description: str) -> dict[str, Result]:
-        return {task.name.removeprefix(prefix): result for task, result in tasks.run(make(), description)}
-
-    def error_rows(name: str, rows: Any, candidates: "list[Candidate]", sizes: Sequence[int], values: Sequence[int]) -> list:
-        prefix = f"{key}-{name}"
-        found = run(
-            prefix,
-            lambda: held_out_tasks(prefix, rows, ray.put(candidates), sizes, values),
-            f"Judging ({name.replace('_', ' ')})",
-        )
-        return held_out_rows(list(found.values()), candidates, sizes, values) if found else []
-
-    candidates = candidates_of(settings, matrices, champion)
-    quality: dict[str, Any] = {"held_out": error_rows("held_out", plan.held_out, candidates, settings.batch_sizes, top_ks)}
-    reference = settings.reference_primary_top_k if settings.reference_primary_top_k in top_ks else max(top_ks)
-    quality["reference"] = {
-        "metric": settings.metric, "primary_top_k": reference, "batch_size": settings.reference_batch_size, "threshold": 0.0,
-    }  # fmt: skip
-    if len(plan.domains) > 1 and settings.metric != "weights":
-        by_domain = {domain: merged.matrices(domain=number) for number, domain in enumerate(plan.domains)}
-        across = transfer_candidates(settings, matrices, by_domain)
-        quality["transfer_error"] = {
-            domain: error_rows(
-                f"transfer_{number}",
-                [row for row in plan.held_out if row.domain == domain],
-                across,
-                [settings.reference_batch_size],
-                [reference],
-            )
-            for number, domain in enumerate(plan.domains)
-        }
+    quality: dict[str, Any] = {"reliability": found.growth}
+    by_domain = _by_domain(job, found)
+    if by_domain:
+        metrics = [metric for metric in job.config.metrics if metric != "weights"]
+        quality["transfer"] = {metric: transfer(list(by_domain.items()), metric) for metric in metrics}
+    champion = read_champion(job)
+    if champion is not None:
+        quality["champion_version"] = champion.version
+    settings = job.config.judge
+    top_ks = [s for s in settings.primary_top_k if job.model.top_k is None or s < job.model.top_k]
+    if not job.plan.held_out or not top_ks:
+        return quality
+    judge = _HeldOutJudge(job, tasks, found.matrices, top_ks, champion)
+    quality |= {"held_out": judge.errors(), "reference": judge.reference}
+    if by_domain and settings.metric != "weights":
+        quality["transfer_error"] = judge.transfer_errors(by_domain)
     if settings.emulate_batch_sizes:
-        policies = policies_of(settings, matrices, top_ks)
-        prefix = f"{key}-"
-        found = run(
-            prefix,
-            lambda: [
-                dataclasses.replace(task, name=prefix + task.name)
-                for task in emulation_tasks(plan.held_out, ray.put(policies), settings.emulate_batch_sizes)
-            ],
-            "Judging (emulation)",
-        )
-        quality["emulation"] = emulation_rows(found, policies)
+        quality["emulation"] = judge.emulation()
     return quality
+
+
+def _by_domain(job: JobFacts, found: Similarities) -> dict[str, Matrices]:
+    """Each domain's matrices; empty where there is but one."""
+    domains = job.plan.domains
+    if found.merged is None or len(domains) < 2:
+        return {}
+    return {domain: found.merged.matrices(domain=number) for number, domain in enumerate(domains)}
+
+
+class _HeldOutJudge:
+    """Runs tasks on the held-out rows and reads their figures."""
+
+    def __init__(
+        self, job: JobFacts, tasks: TaskRunner, matrices: Matrices, top_ks: list[int], champion: Champion | None
+    ) -> None:
+        self._job, self._tasks, self._matrices, self._top_ks, self._champion = job, tasks, matrices, top_ks, champion
+        self._settings = job.config.judge
+        # Another champion's results are others.
+        versus = {"key": job.key, "champion": champion.version} if champion is not None else None
+        self._key = digest_of(versus)[:12] if versus else job.key
+        asked = self._settings.reference_primary_top_k
+        self.reference = {
+            "metric": self._settings.metric,
+            "primary_top_k": asked if asked in top_ks else max(top_ks),
+            "batch_size": self._settings.reference_batch_size,
+            "threshold": 0.0,
+        }
+        tasks.start_ray()
+
+    def _run(self, tasks: list[Task], description: str) -> list[tuple[Task, Result]]:
+        """Tasks with their results in the order of the tasks, so that sums of them are the same each time."""
+        found = {task.name: result for task, result in self._tasks.run(tasks, description)}
+        return [(task, found[task.name]) for task in tasks]
+
+    def _error_rows(
+        self,
+        name: str,
+        rows: Sequence[TokenRow],
+        candidates: list[Candidate],
+        batch_sizes: Sequence[int],
+        primary_top_k: Sequence[int],
+    ) -> list[dict[str, Any]]:
+        import ray
+
+        tasks = held_out_tasks(f"{self._key}-{name}", rows, ray.put(candidates), batch_sizes, primary_top_k)
+        results = [result for _, result in self._run(tasks, f"Judging ({name.replace('_', ' ')})")]
+        return held_out_rows(results, candidates, batch_sizes, primary_top_k) if results else []
+
+    def errors(self) -> list[dict[str, Any]]:
+        """Held-out error of every candidate at every setting."""
+        candidates = candidates_of(self._settings, self._matrices, self._champion.matrices if self._champion else None)
+        return self._error_rows("held_out", self._job.plan.held_out, candidates, self._settings.batch_sizes, self._top_ks)
+
+    def transfer_errors(self, by_domain: dict[str, Matrices]) -> dict[str, list[dict[str, Any]]]:
+        """By domain of the held-out rows: the error of every domain's matrices on them, at the reference setting."""
+        candidates = transfer_candidates(self._settings, self._matrices, by_domain)
+        return {
+            domain: self._error_rows(
+                f"transfer_{number}",
+                [row for row in self._job.plan.held_out if row.domain == domain],
+                candidates,
+                [self.reference["batch_size"]],
+                [self.reference["primary_top_k"]],
+            )
+            for number, domain in enumerate(by_domain)
+        }
+
+    def emulation(self) -> list[dict[str, Any]]:
+        """Figures of the whole model under every policy, at every decode batch."""
+        import ray
+
+        policies = policies_of(self._settings, self._matrices, self._top_ks)
+        sizes = self._settings.emulate_batch_sizes
+        tasks = emulation_tasks(f"{self._key}-emulation", self._job.plan.held_out, ray.put(policies), sizes)
+        return emulation_rows(self._run(tasks, "Judging (emulation)"), policies)

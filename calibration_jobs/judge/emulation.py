@@ -4,17 +4,17 @@ Held-out text runs through the Transformers model with every token given, and th
 same position of different sequences, as a decode step would see them. Deterministic: no token is drawn.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sere.calibration_jobs.capture.batches import pad_rows
 from sere.calibration_jobs.capture.experts import ExpertsCall, intercept_experts
-from sere.calibration_jobs.workers.model import pad_rows
-from sere.conf.schema import RerouteConfig
-from sere.ops.policies.base import POLICIES, LayerInfo, Policy
+from sere.calibration_jobs.judge.candidates import Emulated
+from sere.ops.policies import POLICIES
+from sere.ops.policies.base import LayerInfo, Policy
 from sere.ops.reference import DECODE, PADDING
 
 SUMS = ("nll", "kl", "agreement", "tokens", "active_experts", "layer_steps")
@@ -23,24 +23,15 @@ SUMS = ("nll", "kl", "agreement", "tokens", "active_experts", "layer_steps")
 _BLOCK_ELEMENTS = 1 << 25
 
 
-@dataclass(frozen=True)
-class Emulated:
-    """One policy to emulate."""
-
-    name: str
-    """`none`, `random`, `top_k`, or `sere` with a metric: `sere cosine`."""
-    reroute: RerouteConfig
-    matrices: Mapping[int, Tensor] | None = None
-    """float32 `[num_experts, num_experts]` by layer, for policy sere."""
-
-
 class PolicyRouter:
     """Routes each position of a batch of sequences as one decode step under a policy."""
 
     def __init__(self, emulated: Emulated, valid: Tensor) -> None:
-        """Args:
-        emulated: The policy.
-        valid: bool `[num_sequences, sequence_length]`; other tokens are padding.
+        """Nothing is routed yet.
+
+        Args:
+            emulated: The policy.
+            valid: bool `[num_sequences, sequence_length]`; other tokens are padding.
         """
         self._emulated = emulated
         self._valid = valid

@@ -1,47 +1,87 @@
-"""Expert similarity of one layer as mergeable sums over calibration tokens.
+"""The nouns of the metrics: sums of one layer's expert outputs that minibatches and shards add to, and what they are called.
 
 Let Y[e] be the outputs of expert e for the same n tokens, `[n, hidden_size]`. Every metric keeps one float64
 `[num_experts, num_experts]` sum, to which minibatches of tokens can be added anywhere and in any order.
 """
 
-import itertools
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
-from types import MappingProxyType
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+Matrices = dict[tuple[int, str], Tensor]
+"""Similarities, float32 `[num_experts, num_experts]` by layer and metric."""
 
 # Elements of a float64 scratch tensor. On the CPU 2 MiB: it stays in cache, which halves the time of the sums. On a GPU
 # 256 MiB: every block is several kernel launches.
 _CPU_BLOCK_ELEMENTS = 1 << 18
 _BLOCK_ELEMENTS = 1 << 25
+# How stored results call all domains together.
+_ALL = "all"
 
 
-def _block_elements(outputs: Tensor) -> int:
-    return _CPU_BLOCK_ELEMENTS if outputs.device.type == "cpu" else _BLOCK_ELEMENTS
+def _domain_name(domain: int | None) -> str:
+    return _ALL if domain is None else str(domain)
 
 
-def _inner_products(outputs: Tensor, *, unit: bool = False) -> Tensor:
-    """Inner products of all pairs of experts' outputs, computed in float64 over blocks of tokens.
+def _domain_of(name: str) -> int | None:
+    return None if name == _ALL else int(name)
 
-    Args:
-        outputs: float `[num_experts, num_tokens, hidden_size]`.
-        unit: Scale every token's output to length 1 first.
 
-    Returns:
-        float64 `[num_experts, num_experts]`.
-    """
-    num_experts, _, hidden_size = outputs.shape
-    total = torch.zeros(num_experts, num_experts, dtype=torch.float64, device=outputs.device)
-    for block in outputs.split(max(1, _block_elements(outputs) // (num_experts * hidden_size)), dim=1):
-        block = block.double()
-        if unit:
-            block = torch.nn.functional.normalize(block, dim=-1)
-        flat = block.flatten(1)
-        total.addmm_(flat, flat.T)
-    return total
+@dataclass(frozen=True)
+class SumKey:
+    """What one sum is of. The worker that makes the sum fills it in."""
+
+    layer: int
+    metric: str
+    domain: int | None = None
+    """Place in the plan's domains of those whose tokens are summed; None: of all tokens."""
+
+    def to_name(self) -> str:
+        """How a stored result calls the sum: `LAYER.METRIC.DOMAIN`."""
+        return f"{self.layer}.{self.metric}.{_domain_name(self.domain)}"
+
+    @classmethod
+    def from_name(cls, name: str) -> "SumKey":
+        """The key that `to_name` wrote."""
+        layer, metric, domain = name.split(".")
+        return cls(int(layer), metric, _domain_of(domain))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardSums:
+    """All sums over one shard. A worker fills it; the driver merges it."""
+
+    sums: Mapping[SumKey, Tensor]
+    """float64 `[num_experts, num_experts]` each."""
+    num_tokens: Mapping[int | None, int]
+    """Tokens of each domain, and of all under None."""
+    elapsed_s: float
+    peak_memory_bytes: int
+    """What the worker held at most so far."""
+
+    def to_result(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """As a task's result: tensors by name, and what JSON can hold."""
+        info = {
+            "num_tokens": {_domain_name(domain): count for domain, count in self.num_tokens.items()},
+            "elapsed_s": self.elapsed_s,
+            "peak_memory_bytes": self.peak_memory_bytes,
+        }
+        return {key.to_name(): tensor for key, tensor in self.sums.items()}, info
+
+    @classmethod
+    def from_result(cls, result: tuple[Mapping[str, Tensor], Mapping[str, Any]]) -> "ShardSums":
+        """What `to_result` wrote."""
+        tensors, info = result
+        return cls(
+            sums={SumKey.from_name(name): tensor for name, tensor in tensors.items()},
+            num_tokens={_domain_of(name): count for name, count in info["num_tokens"].items()},
+            elapsed_s=info["elapsed_s"],
+            peak_memory_bytes=info["peak_memory_bytes"],
+        )
 
 
 class SimilarityMetric(ABC):
@@ -91,91 +131,27 @@ class SimilarityMetric(ABC):
         """The similarity from the sums."""
 
 
-class CosineMetric(SimilarityMetric):
-    """Mean over tokens of the cosine of two experts' outputs, mapped from [-1, 1] to [0, 1]."""
-
-    def _sum(self, outputs: Tensor) -> Tensor:
-        return _inner_products(outputs, unit=True)
-
-    def _similarity(self) -> Tensor:
-        return (self.sums / self.num_tokens + 1) / 2
+def block_elements(outputs: Tensor) -> int:
+    """Elements of a float64 scratch tensor on the device of `outputs`."""
+    return _CPU_BLOCK_ELEMENTS if outputs.device.type == "cpu" else _BLOCK_ELEMENTS
 
 
-class FrobeniusMetric(SimilarityMetric):
-    """1 - D / max(D), with D[i, j] the Frobenius norm of Y[i] - Y[j] (the paper's choice)."""
-
-    def _sum(self, outputs: Tensor) -> Tensor:
-        return _inner_products(outputs)
-
-    def _similarity(self) -> Tensor:
-        squares = self.sums.diagonal()
-        distance = (squares[:, None] + squares[None, :] - 2 * self.sums).clamp(min=0).sqrt()
-        return 1 - distance / distance.max().clamp(min=torch.finfo(torch.float64).tiny)
-
-
-class CkaMetric(SimilarityMetric):
-    """Linear centred kernel alignment, from the unbiased estimator of HSIC.
-
-    HSIC: Song et al. 2012, equation 4. Sums over minibatches: Nguyen, Raghu and Kornblith 2021, equation 3. The biased
-    estimator inflates the similarity of small minibatches by 0.3 and more. A minibatch under four tokens has no estimate and
-    is left out.
-    """
-
-    def _sum(self, outputs: Tensor) -> Tensor:
-        num_experts, n, _ = outputs.shape
-        if n < 4:
-            return torch.zeros(num_experts, num_experts, dtype=torch.float64)
-        # HSIC does not depend on the mean. Without it, float32 Grams keep the digits that matter.
-        outputs = outputs.float()
-        outputs = outputs - outputs.mean(1, keepdim=True)
-        traces = torch.zeros(num_experts, num_experts, dtype=torch.float64, device=outputs.device)
-        row_sums = torch.zeros(num_experts, n, dtype=torch.float64, device=outputs.device)
-        # Every expert's token-by-token Gram matrix, diagonal set to zero, in square tiles [num_experts, side, side]: scratch
-        # does not grow with n, and the tiles below the diagonal, which mirror those above, are not computed.
-        side = max(1, math.isqrt(_block_elements(outputs) // num_experts))
-        for i, j in itertools.combinations_with_replacement(range(0, n, side), 2):
-            tile = outputs[:, i : i + side] @ outputs[:, j : j + side].transpose(1, 2)
-            tile = (tile.triu_(1) if i == j else tile).double()
-            row_sums[:, i : i + side] += tile.sum(2)
-            row_sums[:, j : j + side] += tile.sum(1)
-            flat = tile.flatten(1)
-            traces.addmm_(flat, flat.T, alpha=2)
-        totals = row_sums.sum(1)
-        return (traces + totals[:, None] * totals[None, :] / ((n - 1) * (n - 2)) - 2 / (n - 2) * (row_sums @ row_sums.T)) / (
-            n * (n - 3)
-        )
-
-    def _similarity(self) -> Tensor:
-        scale = self.sums.diagonal().clamp(min=0).sqrt()
-        denominator = scale[:, None] * scale[None, :]
-        # An expert whose outputs do not vary has no alignment with any other.
-        return torch.where(denominator > 0, self.sums / denominator.clamp(min=1e-300), 0.0)
-
-
-METRIC_CLASSES: Mapping[str, type[SimilarityMetric]] = MappingProxyType(
-    {"frobenius": FrobeniusMetric, "cosine": CosineMetric, "cka": CkaMetric}
-)
-
-
-def similarity_matrices(outputs: Tensor, metrics: Iterable[str] = ("frobenius", "cosine", "cka")) -> dict[str, Tensor]:
-    """Similarity of one layer's experts from all their outputs at once.
+def inner_products(outputs: Tensor, *, unit: bool = False) -> Tensor:
+    """Inner products of all pairs of experts' outputs, computed in float64 over blocks of tokens.
 
     Args:
-        outputs: float `[num_experts, num_tokens, hidden_size]`, every token valid.
-        metrics: Names from `METRIC_CLASSES`.
+        outputs: float `[num_experts, num_tokens, hidden_size]`.
+        unit: Scale every token's output to length 1 first.
 
     Returns:
-        float32 `[num_experts, num_experts]` by metric. "cka" is the unbiased estimate over all tokens as one minibatch,
-        clamped to [0, 1].
-
-    Raises:
-        ValueError: if a metric is unknown or the outputs have no tokens.
+        float64 `[num_experts, num_experts]`.
     """
-    result = {}
-    for name in metrics:
-        if name not in METRIC_CLASSES:
-            raise ValueError(f"unknown metric {name!r}: valid are {', '.join(METRIC_CLASSES)}")
-        metric = METRIC_CLASSES[name](outputs.shape[0])
-        metric.update(outputs)
-        result[name] = metric.finalize()
-    return result
+    num_experts, _, hidden_size = outputs.shape
+    total = torch.zeros(num_experts, num_experts, dtype=torch.float64, device=outputs.device)
+    for block in outputs.split(max(1, block_elements(outputs) // (num_experts * hidden_size)), dim=1):
+        block = block.double()
+        if unit:
+            block = torch.nn.functional.normalize(block, dim=-1)
+        flat = block.flatten(1)
+        total.addmm_(flat, flat.T)
+    return total

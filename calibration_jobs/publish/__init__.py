@@ -1,1 +1,1 @@
-"""What a finished calibration leaves for people: numbers, pictures, versions."""
+"""What a finished calibration leaves for people: numbers, pictures, tables, versions."""

@@ -4,7 +4,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from sere.calibration_jobs.judge.agreement import nearest, off_diagonal
-from sere.calibration_jobs.judge.candidates import find_row
+from sere.calibration_jobs.judge.candidates import CHAMPION, RANDOM
 
 if TYPE_CHECKING:
     from sere.ops.similarity import SimilarityArtifact
@@ -89,11 +89,5 @@ def transfer_table(quality: dict[str, Any]) -> tuple[list[str], dict[str, dict[s
 
 def best_metric(quality: dict[str, Any]) -> str | None:
     """The metric with the lowest held-out error at the reference setting."""
-    errors = {name: error for name, error in reference_errors(quality).items() if name not in ("random", "champion")}
+    errors = {name: error for name, error in reference_errors(quality).items() if name not in (RANDOM, CHAMPION)}
     return min(errors, key=errors.__getitem__) if errors else None
-
-
-def row_of(quality: dict[str, Any], **wanted: Any) -> Any:
-    """A held-out row at the reference setting, with other values where given."""
-    reference = {key: value for key, value in quality["reference"].items() if key != "metric"}
-    return find_row(quality["held_out"], **{**reference, **wanted})

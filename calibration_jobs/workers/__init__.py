@@ -1,1 +1,1 @@
-"""Ray actors that hold the model, and their tasks."""
+"""Ray actors that hold the model, and their tasks. Read task.py first: it holds the nouns."""

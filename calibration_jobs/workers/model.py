@@ -1,16 +1,20 @@
 """Reading and loading models, with errors that a user can act on."""
 
+import ctypes
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+from torch import nn
+
+from sere.calibration_jobs.capture.batches import block_tokens_of
+from sere.calibration_jobs.capture.experts import find_expert_modules
+from sere.calibration_jobs.metrics.weights import check_weights
 from sere.conf.errors import ConfigError
 from sere.conf.schema import CalibrateConfig
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
+from sere.ops.model_digest import model_digest
 
 
 def read_model_config(model: str, *, trust_remote_code: bool) -> Any:
@@ -31,7 +35,6 @@ def read_model_config(model: str, *, trust_remote_code: bool) -> Any:
 
 def make_empty_model(model_config: Any, *, trust_remote_code: bool) -> Any:
     """The model's modules without weights (on torch's meta device): shows its structure in no memory."""
-    import torch
     import transformers
 
     with torch.device("meta"):
@@ -50,11 +53,6 @@ class ModelFacts:
 
 def inspect_model(config: CalibrateConfig) -> ModelFacts:
     """Refuse a model that cannot be calibrated, before any work."""
-    from sere.calibration_jobs.capture.experts import find_expert_modules
-    from sere.calibration_jobs.metrics.weights import check_weights
-    from sere.calibration_jobs.workers.worker import block_tokens_of
-    from sere.ops.model_digest import model_digest
-
     trust = config.trust_remote_code
     model_config = read_model_config(config.model, trust_remote_code=trust)
     text_config = model_config.get_text_config()
@@ -91,7 +89,7 @@ def load_tokenizer(config: CalibrateConfig) -> Any:
         raise ConfigError(f"the tokenizer of {config.model} cannot be read ({str(error).splitlines()[0]})") from error
 
 
-def load_model(config: CalibrateConfig, offload_folder: str | Path) -> "nn.Module":
+def load_model(config: CalibrateConfig, offload_folder: str | Path) -> nn.Module:
     """The model in evaluation mode, on this worker's GPUs or on the CPU.
 
     With `max_memory_gib`, as many layers as fit stay in memory; the others are read from disk each time they are used.
@@ -100,7 +98,6 @@ def load_model(config: CalibrateConfig, offload_folder: str | Path) -> "nn.Modul
         config: The settings.
         offload_folder: Where weights are written that cannot be read from the checkpoint as they are.
     """
-    import torch
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
@@ -128,27 +125,10 @@ def load_model(config: CalibrateConfig, offload_folder: str | Path) -> "nn.Modul
     return model.eval()
 
 
-def _give_back_freed_memory(model: "nn.Module") -> None:
+def _give_back_freed_memory(model: nn.Module) -> None:
     """After each MoE layer return to the system what its offloaded weights took: glibc keeps freed blocks of unlike sizes,
     and the process would grow to the size of the model."""
-    import ctypes
-
-    from sere.calibration_jobs.capture.experts import find_expert_modules
-
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:  # other C libraries have none
         for module in find_expert_modules(model).values():
             module.register_forward_hook(lambda *_: (trim(0), None)[1])
-
-
-def pad_rows(rows: Sequence[Sequence[int]], device: Any = "cpu") -> dict[str, "Tensor"]:
-    """Token rows as one batch: `input_ids` and `attention_mask`, int64 `[num_rows, longest row]`, padded on the right.
-
-    The padding token does not matter: it is masked, follows every other token, and does not count.
-    """
-    import torch
-
-    width = max(len(row) for row in rows)
-    ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device)
-    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
-    return {"input_ids": ids, "attention_mask": mask}

@@ -1,15 +1,13 @@
-"""Joining or starting a Ray cluster, and tasks over workers that may die."""
+"""Tasks over workers that may die."""
 
 import logging
-import os
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
+from sere.calibration_jobs.workers.task import Task
 from sere.conf.errors import ConfigError
-from sere.pipeline.runtime.interrupts import end_in_order_on_sigterm
 
 # A worker that dies this often on the same task is not unlucky.
 _MAX_ATTEMPTS = 4
@@ -23,58 +21,6 @@ _ADVICE = (
 _log = logging.getLogger(__name__)
 
 
-def start_ray(num_cpus: float) -> None:
-    """Join the cluster that RAY_ADDRESS names, or start a local one; does nothing if Ray already runs.
-
-    Args:
-        num_cpus: Cores a local Ray must at least offer. Ray counts cores without occupying them, so on a small machine that
-            may be more than there are.
-    """
-    import ray
-
-    # What goes wrong reaches the user as an exception.
-    logging.getLogger("ray").setLevel(logging.ERROR)
-    if not ray.is_initialized():
-        local: dict[str, Any] = {}
-        if not os.environ.get("RAY_ADDRESS"):
-            # Ray would run workers at nice 15, behind whatever else this machine does.
-            os.environ.setdefault("RAY_worker_niceness", "0")
-            # Without "local" Ray would join whatever cluster it finds on this machine.
-            local = {"address": "local", "num_cpus": max(os.cpu_count() or 1, int(num_cpus) + 1)}
-        # Workers' own output stays in their log files (under /tmp/ray); the jobs print progress and errors.
-        ray.init(include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False, **local)
-        # Ray sets a handler of its own.
-        end_in_order_on_sigterm()
-
-
-def check_room(*, num_cpus: float, num_gpus: float) -> None:
-    """Refuse a worker that a local Ray, which cannot grow, will never have room for.
-
-    Raises:
-        ConfigError: if there are too few cores or GPUs for one worker.
-    """
-    import ray
-
-    if os.environ.get("RAY_ADDRESS"):
-        return
-    total = ray.cluster_resources()
-    for name, needed in (("CPU", num_cpus), ("GPU", num_gpus)):
-        if needed > total.get(name, 0):
-            raise ConfigError(
-                f"a worker needs {needed:g} {name}s and this machine has {total.get(name, 0):g}: lower "
-                f"num_{name.lower()}s_per_worker, or set RAY_ADDRESS to join a cluster"
-            )
-
-
-@dataclass(frozen=True)
-class Task:
-    """One call of a worker's method. Its result must depend on the arguments alone: any worker may make it, and twice."""
-
-    name: str
-    method: str
-    arguments: tuple[Any, ...]
-
-
 class WorkerPool:
     """Ray actors that pull tasks. A task whose worker dies goes to another one, and the worker is replaced.
 
@@ -82,9 +28,11 @@ class WorkerPool:
     """
 
     def __init__(self, start: Callable[[], Any], num_workers: int) -> None:
-        """Args:
-        start: Starts one actor; it must have a method `ready`.
-        num_workers: Actors to keep.
+        """No actor is started yet.
+
+        Args:
+            start: Starts one actor; it must have a method `ready`.
+            num_workers: Actors to keep.
         """
         self._start = start
         self._num_workers = num_workers

@@ -27,7 +27,7 @@ from benchmark import environment, integers, positive, report, report_path, spre
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from sere.calibration_jobs.metrics.base import METRIC_CLASSES
+from sere.calibration_jobs.metrics import METRIC_CLASSES
 
 TOLERANCE = 1e-4
 LOOPS = ("per pair", "self once", "kept")

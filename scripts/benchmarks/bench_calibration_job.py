@@ -20,10 +20,11 @@ import torch
 import transformers
 from benchmark import environment, positive, report, report_path, spread, summary
 
+from sere.calibration_jobs.capture.batches import pad_rows
 from sere.calibration_jobs.capture.experts import Observer, observe_experts
-from sere.calibration_jobs.metrics.base import METRIC_CLASSES, SimilarityMetric
+from sere.calibration_jobs.metrics import METRIC_CLASSES
+from sere.calibration_jobs.metrics.base import ShardSums, SimilarityMetric
 from sere.calibration_jobs.shards import TokenRow
-from sere.calibration_jobs.workers.model import pad_rows
 from sere.calibration_jobs.workers.worker import CalibrationWorker
 from sere.conf.schema import CalibrateConfig, JudgeConfig
 
@@ -100,9 +101,9 @@ def run_worker(folder: str, max_memory_gib: float | None, num_rows: int, batch_s
     )
     worker = CalibrationWorker(config, BLOCK_TOKENS)
     worker.ready()
-    sums, info = worker.sums(token_rows(num_rows, 128), ("",))
-    total = sum(float(tensor.sum()) for tensor in sums.values())
-    return {"seconds": info["elapsed_s"], "peak_mib": info["peak_memory_bytes"] / 2**20, "total": total}
+    found = ShardSums.from_result(worker.sums(token_rows(num_rows, 128), ("",)))
+    total = sum(float(tensor.sum()) for tensor in found.sums.values())
+    return {"seconds": found.elapsed_s, "peak_mib": found.peak_memory_bytes / 2**20, "total": total}
 
 
 def in_a_process(*arguments: object) -> dict[str, float]:

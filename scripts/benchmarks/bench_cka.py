@@ -23,7 +23,7 @@ import torch
 from benchmark import environment, positive, report, report_path, spread, summary
 from torch import Tensor
 
-from sere.calibration_jobs.metrics.base import CkaMetric
+from sere.calibration_jobs.metrics.cka import CkaMetric
 
 BLOCKS = [4, 8, 16, 32, 64, 128, 256, 512]
 STRETCH = max(BLOCKS)
@@ -37,8 +37,8 @@ def demo_outputs(model: str, data: str, layers: list[int], sequence_length: int 
     import pyarrow.parquet
     import transformers
 
+    from sere.calibration_jobs.capture.batches import pad_rows
     from sere.calibration_jobs.capture.experts import ExpertsCall, intercept_experts
-    from sere.calibration_jobs.workers.model import pad_rows
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     settings = dict(dtype=torch.float32, experts_implementation="grouped_mm")

@@ -1,5 +1,6 @@
 """A tiny random MoE model on disk, text in three domains, and configs for both."""
 
+import functools
 import random
 
 import pyarrow as pa
@@ -55,32 +56,33 @@ def texts(tmp_path_factory):
     return file
 
 
+def config_of(model, texts, folder, **changes) -> CalibrateConfig:
+    """A config of the tiny model; keyword arguments change it."""
+    values = {
+        "model": str(model),
+        "data": str(texts),
+        "output": str(folder / "similarity.safetensors"),
+        "domain_column": "domain",
+        "sequence_length": 32,
+        "shard_rows": 8,
+        "batch_size": 4,
+        "block_tokens": 64,
+        "tracking": TrackingConfig(uri=""),
+        "judge": JudgeConfig(
+            held_out_rows=24,
+            batch_sizes=(4, 8),
+            primary_top_k=(1, 2, 4),
+            emulate_batch_sizes=(8,),
+            reference_batch_size=8,
+        ),
+    }
+    return CalibrateConfig(**{**values, **changes})
+
+
 @pytest.fixture
 def make_config(tiny_model, texts, tmp_path):
-    """A config of the tiny model; keyword arguments change it."""
-
-    def make(**changes) -> CalibrateConfig:
-        values = {
-            "model": str(tiny_model),
-            "data": str(texts),
-            "output": str(tmp_path / "out" / "similarity.safetensors"),
-            "domain_column": "domain",
-            "sequence_length": 32,
-            "shard_rows": 8,
-            "batch_size": 4,
-            "block_tokens": 64,
-            "tracking": TrackingConfig(uri=""),
-            "judge": JudgeConfig(
-                held_out_rows=24,
-                batch_sizes=(4, 8),
-                primary_top_k=(1, 2, 4),
-                emulate_batch_sizes=(8,),
-                reference_batch_size=8,
-            ),
-        }
-        return CalibrateConfig(**{**values, **changes})
-
-    return make
+    """Makes configs whose output is this test's; keyword arguments change them."""
+    return functools.partial(config_of, tiny_model, texts, tmp_path / "out")
 
 
 @pytest.fixture(scope="package")

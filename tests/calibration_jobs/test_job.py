@@ -2,30 +2,33 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import mlflow
 import pytest
 import torch
 
-from sere.calibration_jobs.job import calibrate
-from sere.calibration_jobs.workers.model import load_model, pad_rows
+from sere.calibration_jobs.capture.batches import pad_rows
+from sere.calibration_jobs.job import Calibration, calibrate
+from sere.calibration_jobs.workers.model import load_model
 from sere.conf.errors import ConfigError
 from sere.conf.schema import JudgeConfig, TrackingConfig
 from sere.ops.similarity import SimilarityArtifact
+from tests.calibration_jobs.conftest import config_of
 
 pytestmark = pytest.mark.usefixtures("cluster")
 NOT_JUDGED = JudgeConfig(held_out_rows=0)
 
 
-def results(config) -> dict[str, int]:
+def results(artifact: str | Path) -> dict[str, int]:
     """Every result on disk, and when it was written."""
-    folder = Path(config.output).parent / "calibration" / "results"
+    folder = Path(artifact).parent / "calibration" / "results"
     return {file.name: file.stat().st_mtime_ns for file in folder.iterdir()}
 
 
-def quality(config) -> dict:
-    return json.loads((Path(config.output).parent / "calibration" / "quality.json").read_text())
+def quality(artifact: str | Path) -> dict:
+    return json.loads((Path(artifact).parent / "calibration" / "quality.json").read_text())
 
 
 @pytest.fixture
@@ -33,15 +36,33 @@ def not_judged(make_config):
     return lambda **changes: make_config(judge=NOT_JUDGED, **changes)
 
 
-def test_any_number_of_workers_gives_the_same(not_judged, tmp_path):
+@pytest.fixture(scope="module")
+def plain_job(cluster, tiny_model, texts, tmp_path_factory) -> Calibration:
+    """A finished job without judging, to be looked at or copied."""
+    return calibrate(config_of(tiny_model, texts, tmp_path_factory.mktemp("plain"), judge=NOT_JUDGED))
+
+
+@pytest.fixture(scope="module")
+def judged_job(cluster, tiny_model, texts, tmp_path_factory) -> Calibration:
+    """A finished job with judging, to be looked at or copied."""
+    return calibrate(config_of(tiny_model, texts, tmp_path_factory.mktemp("judged"), num_workers=2))
+
+
+def copied(done: Calibration, config):
+    """A config whose output is a copy of a finished job's: where a job lies is not part of what it is."""
+    shutil.copytree(done.file.parent, Path(config.output).parent)
+    return config
+
+
+def test_any_number_of_workers_gives_the_same(plain_job, not_judged, tmp_path):
     """Bit for bit: every shard is computed alike, and merged in order."""
-    files = []
-    for num_workers in (1, 2, 5):
-        config = not_judged(output=str(tmp_path / str(num_workers) / "similarity.safetensors"), num_workers=num_workers)
-        done = calibrate(config)
-        assert done.num_done == len(results(config)) == 11  # 10 shards and the weights
-        files.append(SimilarityArtifact.load(done.file))
-    first, *others = files
+    jobs = [plain_job]  # of one worker
+    for num_workers in (2, 5):
+        output = str(tmp_path / str(num_workers) / "similarity.safetensors")
+        jobs.append(calibrate(not_judged(output=output, num_workers=num_workers)))
+    for done in jobs:
+        assert done.num_done == len(results(done.file)) == 11  # 10 shards and the weights
+    first, *others = (SimilarityArtifact.load(done.file) for done in jobs)
     for other in others:
         assert first.manifest == other.manifest
         assert all(torch.equal(matrix, other.matrices[key]) for key, matrix in first.matrices.items())
@@ -53,7 +74,7 @@ def test_equals_one_pass_over_all_tokens(not_judged, texts):
     from transformers import AutoTokenizer
 
     from sere.calibration_jobs.capture.experts import observe_experts
-    from sere.calibration_jobs.metrics.base import similarity_matrices
+    from sere.calibration_jobs.metrics import similarity_matrices
 
     # Many sequences in a batch: a block of few sequences, which are alike within, is no sample of all tokens to CKA.
     config = not_judged(num_workers=2, shard_rows=39, batch_size=39, block_tokens=256)
@@ -73,46 +94,43 @@ def test_equals_one_pass_over_all_tokens(not_judged, texts):
             torch.testing.assert_close(artifact.matrix(layer, metric), whole[metric], atol=tolerance, rtol=0)
 
 
-def test_rows_that_were_cut_or_skipped_are_listed(not_judged):
-    config = not_judged()
-    calibrate(config)
-    lines = (Path(config.output).parent / "calibration" / "rows.jsonl").read_text().splitlines()
+def test_rows_that_were_cut_or_skipped_are_listed(plain_job):
+    lines = (plain_job.file.parent / "calibration" / "rows.jsonl").read_text().splitlines()
     remarks = {row["number"]: row["remark"] for row in map(json.loads, lines)}
     assert remarks[3] == "skipped: null" and remarks[10] == "skipped: empty"
     assert remarks[20].startswith("cut: 100 tokens") and len(remarks) == 3
 
 
-def test_finished_job_does_nothing_and_a_damaged_shard_is_redone(not_judged, caplog):
-    config = not_judged()
-    first = calibrate(config)
-    content, before = first.file.read_bytes(), results(config)
+def test_finished_job_does_nothing_and_a_damaged_shard_is_redone(plain_job, not_judged, caplog):
+    config = copied(plain_job, not_judged())
+    file = Path(config.output)
+    content, before = file.read_bytes(), results(file)
     again = calibrate(dataclasses.replace(config, num_workers=3))
-    assert again.was_finished and again.num_done == 0 and results(config) == before
+    assert again.was_finished and again.num_done == 0 and results(file) == before
     # A lost artifact is made again from the shards, without any work on the model.
-    first.file.unlink()
+    file.unlink()
     rebuilt = calibrate(config)
-    assert not rebuilt.was_finished and rebuilt.num_done == 0 and first.file.read_bytes() == content
-    damaged = Path(config.output).parent / "calibration" / "results" / "shard-000002.safetensors"
+    assert not rebuilt.was_finished and rebuilt.num_done == 0 and file.read_bytes() == content
+    damaged = file.parent / "calibration" / "results" / "shard-000002.safetensors"
     flipped = bytearray(damaged.read_bytes())
     flipped[-5] ^= 1
     damaged.write_bytes(flipped)
-    first.file.unlink()
+    file.unlink()
     mended = calibrate(config)
-    assert mended.num_done == 1 and first.file.read_bytes() == content
+    assert mended.num_done == 1 and file.read_bytes() == content
     assert "shard-000002.safetensors is not what was written there" in caplog.text
-    assert {name for name, when in results(config).items() if when != before[name]} == {damaged.name}
+    assert {name for name, when in results(file).items() if when != before[name]} == {damaged.name}
 
 
-def test_other_settings_are_refused_and_judging_anew_keeps_the_sums(make_config, tmp_path):
-    config = make_config()
-    calibrate(config)
+def test_other_settings_are_refused_and_judging_anew_keeps_the_sums(judged_job, make_config):
+    config = copied(judged_job, make_config())
     for change in ({"sequence_length": 16}, {"dtype": "bfloat16"}, {"num_sequences": 50}):
         with pytest.raises(ConfigError, match=f"holds another job .*{next(iter(change))}"):
             calibrate(make_config(**change))
-    before = results(config)
+    before = results(config.output)
     judged = calibrate(make_config(judge=dataclasses.replace(config.judge, reference_primary_top_k=1)))
     assert not judged.was_finished
-    assert {name: when for name, when in results(config).items() if name.startswith("shard")} == {
+    assert {name: when for name, when in results(config.output).items() if name.startswith("shard")} == {
         name: when for name, when in before.items() if name.startswith("shard")
     }
     assert calibrate(make_config(sequence_length=16, overwrite=True)).num_done > 0
@@ -137,10 +155,8 @@ def test_a_worker_without_room_is_refused(not_judged):
         calibrate(not_judged(num_gpus_per_worker=1))
 
 
-def test_quality_record(make_config):
-    config = make_config(num_workers=2)
-    done = calibrate(config)
-    found = quality(config)
+def test_quality_record(judged_job):
+    found = quality(judged_job.file)
     assert set(found["reliability"][-1]["metrics"]) == {"frobenius", "cosine", "cka"}
     assert [step["num_tokens"] for step in found["reliability"]] == sorted(step["num_tokens"] for step in found["reliability"])
     assert set(found["transfer"]) == {"frobenius", "cosine", "cka"} and found["transfer"]["cka"]["domains"] == [
@@ -160,7 +176,7 @@ def test_quality_record(make_config):
     emulated = {(row["policy"], row["primary_top_k"]): row for row in found["emulation"]}
     assert emulated["none", None]["kl"] == 0 and emulated["none", None]["agreement"] == 1
     assert len(emulated) == 1 + 2 * 6
-    manifest = SimilarityArtifact.load(done.file).manifest
+    manifest = SimilarityArtifact.load(judged_job.file).manifest
     assert manifest["quality"]["reference"] == found["reference"] and manifest["block_tokens"] == 64
     assert "layers" not in manifest["quality"]["held_out"][0]
 
@@ -191,7 +207,7 @@ def test_versions_champion_and_one_run(make_config, tmp_path):
             output=str(tmp_path / "second" / "similarity.safetensors"),
         )
         second = calibrate(other)
-        errors = {row["candidate"]: row["error"] for row in quality(other)["held_out"] if _is_reference(row)}
+        errors = {row["candidate"]: row["error"] for row in quality(other.output)["held_out"] if _is_reference(row)}
         assert second.version == "2" and second.promoted == (errors["cosine"] < errors["champion"])
         champion = client.get_model_version_by_alias("sere-tiny-moe", "champion").version
         assert str(champion) == ("2" if second.promoted else "1")

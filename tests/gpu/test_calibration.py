@@ -5,15 +5,15 @@ import torch
 
 pytest.importorskip("transformers")
 
+from sere.calibration_jobs.capture.batches import pad_rows
 from sere.calibration_jobs.capture.experts import observe_experts
 from sere.calibration_jobs.judge.emulation import emulate
-from sere.calibration_jobs.judge.held_out import routing_error
-from sere.calibration_jobs.metrics.base import METRIC_CLASSES
+from sere.calibration_jobs.judge.held_out_error import routing_error
+from sere.calibration_jobs.metrics import METRIC_CLASSES
 from sere.calibration_jobs.metrics.weights import weight_similarity
-from sere.calibration_jobs.workers.model import pad_rows
 from tests.calibration_jobs.capture.test_experts import FAMILIES, make
 from tests.calibration_jobs.judge.test_emulation import NONE, ROWS, policy
-from tests.calibration_jobs.judge.test_held_out import candidates
+from tests.calibration_jobs.judge.test_held_out_error import candidates
 
 
 def matrices(family: str, device: str) -> dict:

@@ -1,4 +1,4 @@
-"""Agreement of matrices, thresholds, and the order of a heatmap."""
+"""Agreement of matrices."""
 
 import itertools
 import math
@@ -6,9 +6,6 @@ import math
 import torch
 
 from sere.calibration_jobs.judge.agreement import agreement, decision_agreement, nearest, spearman, transfer
-from sere.calibration_jobs.judge.candidates import thresholds_of
-from sere.calibration_jobs.metrics.weights import weight_similarity
-from sere.calibration_jobs.publish.figures import cluster_order
 
 
 def symmetric(seed: int, size: int = 7) -> torch.Tensor:
@@ -42,25 +39,3 @@ def test_agreement_and_transfer():
     table = transfer([("x", a), ("y", b)], "cka")
     assert table["domains"] == ["x", "y"] and table["spearman"][0][0] == 1
     assert table["spearman"][0][1] == table["spearman"][1][0] == found["spearman"]
-
-
-def test_thresholds_are_quantiles_off_the_diagonal():
-    matrices = {(0, "cosine"): torch.tensor([[1, 0.2], [0.2, 1.0]]), (1, "cosine"): torch.tensor([[1, 0.6], [0.6, 1.0]])}
-    assert [round(value, 6) for value in thresholds_of(matrices, "cosine", (0.0, 0.5, 1.0))] == [0, 0.2, 0.4, 0.6]
-
-
-def test_clusters_stay_together():
-    group = torch.tensor([0, 1, 2] * 4)
-    matrix = torch.where(group[:, None] == group[None, :], 0.9, 0.1).fill_diagonal_(1)
-    ordered = group[cluster_order(matrix)].tolist()
-    assert sorted(cluster_order(matrix)) == list(range(12))
-    assert len(list(itertools.groupby(ordered))) == 3
-
-
-def test_weight_similarity_is_the_cosine_of_all_weights():
-    experts = torch.nn.Module()
-    experts.num_experts = 4
-    experts.up, experts.bias = torch.nn.Parameter(torch.randn(4, 3, 5)), torch.nn.Parameter(torch.randn(4, 3))
-    vectors = torch.cat((experts.up.flatten(1), experts.bias), dim=1)
-    expected = (torch.nn.functional.cosine_similarity(vectors[:, None], vectors[None], dim=2) + 1) / 2
-    torch.testing.assert_close(weight_similarity(experts), expected, atol=1e-6, rtol=0)

@@ -5,13 +5,14 @@ import math
 import pytest
 import torch
 
+from sere.calibration_jobs.capture.batches import pad_rows
 from sere.calibration_jobs.capture.experts import intercept_experts
-from sere.calibration_jobs.judge.emulation import SUMS, Emulated, PolicyRouter, emulate
-from sere.calibration_jobs.workers.model import pad_rows
+from sere.calibration_jobs.judge.candidates import Emulated
+from sere.calibration_jobs.judge.emulation import SUMS, PolicyRouter, emulate
 from sere.conf.schema import RerouteConfig
 from sere.ops.reference import reroute_reference
 from tests.calibration_jobs.capture.test_experts import FAMILIES, make
-from tests.calibration_jobs.judge.test_held_out import ROWS
+from tests.calibration_jobs.judge.test_held_out_error import ROWS
 
 MATRICES = {layer: torch.rand(6, 6, generator=torch.Generator().manual_seed(layer)) for layer in range(3)}
 NONE = Emulated("none", RerouteConfig(policy="none"))

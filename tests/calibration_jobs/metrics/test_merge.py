@@ -4,11 +4,12 @@ import random
 
 import torch
 
-from sere.calibration_jobs.metrics.base import METRIC_CLASSES, similarity_matrices
-from sere.calibration_jobs.metrics.merge import InOrder, MergedSums, key_of
+from sere.calibration_jobs.metrics import METRIC_CLASSES, similarity_matrices
+from sere.calibration_jobs.metrics.base import ShardSums, SumKey
+from sere.calibration_jobs.metrics.merge import InOrder, MergedSums
 from sere.calibration_jobs.shards import Shard
 
-TOKENS = {"all": 12, "0": 12, "1": 12}
+TOKENS = {None: 12, 0: 12, 1: 12}
 METRICS = ("frobenius", "cosine", "cka")
 SHARDS = tuple(Shard(i, ()) for i in range(9))
 
@@ -18,20 +19,20 @@ def outputs(index: int) -> torch.Tensor:
     return torch.randn(1, 12, 6, generator=generator) + torch.randn(5, 12, 6, generator=generator)
 
 
-def sums_of(index: int) -> dict[str, torch.Tensor]:
+def sums_of(index: int) -> ShardSums:
     found = {}
     for name in METRICS:
         metric = METRIC_CLASSES[name](5)
         metric.update(outputs(index))
         # As if domain 0 were in every shard, and domain 1 in every third.
-        found |= {key_of(3, name, part): metric.sums for part in (None, 0, *([1] if index % 3 == 0 else []))}
-    return found
+        found |= {SumKey(3, name, part): metric.sums for part in (None, 0, *([1] if index % 3 == 0 else []))}
+    return ShardSums(sums=found, num_tokens=TOKENS, elapsed_s=0.1, peak_memory_bytes=1)
 
 
 def merged(indices) -> MergedSums:
     result = MergedSums()
     for index in indices:
-        result.add(SHARDS[index], sums_of(index), TOKENS)
+        result.add(SHARDS[index], sums_of(index))
     return result
 
 
@@ -60,11 +61,11 @@ def test_any_order_gives_the_same_up_to_rounding_and_in_order_to_the_bit():
 
 
 def test_adding_does_not_change_what_was_added():
-    sums = sums_of(0)
-    before = {key: tensor.clone() for key, tensor in sums.items()}
+    found = sums_of(0)
+    before = {key: tensor.clone() for key, tensor in found.sums.items()}
     result = MergedSums()
     for _ in range(2):
-        result.add(SHARDS[0], sums, TOKENS)
+        result.add(SHARDS[0], found)
     result.matrices()
     result.matrices()
-    assert all(torch.equal(sums[key], before[key]) for key in sums) and result.num_tokens() == 24
+    assert all(torch.equal(tensor, before[key]) for key, tensor in found.sums.items()) and result.num_tokens() == 24

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sere.calibration_jobs.metrics.base import METRIC_CLASSES, similarity_matrices
+from sere.calibration_jobs.metrics import METRIC_CLASSES, similarity_matrices
 
 
 def outputs(num_experts=5, num_tokens=12, hidden_size=7, seed=0, dtype=torch.float32):

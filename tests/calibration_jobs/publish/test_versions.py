@@ -1,6 +1,5 @@
-"""Versions of an artifact, looked at, compared and promoted: in SQLite and through an MLflow server over HTTP."""
+"""Versions of an artifact, looked at and promoted: in SQLite and through an MLflow server over HTTP."""
 
-import io
 import os
 import socket
 import subprocess
@@ -10,45 +9,15 @@ import time
 import mlflow
 import pytest
 import torch
-from rich.console import Console
 
-from sere.calibration_jobs.publish import versions
+from sere.calibration_jobs.publish.inspect import inspect
+from sere.calibration_jobs.publish.promote import promote as print_promotion
 from sere.conf.errors import ConfigError
 from sere.conf.schema import TrackingConfig
 from sere.ops.similarity import SimilarityArtifact
-from sere.pipeline.tracking.store import alias_version, promote, resolve_artifact
+from sere.pipeline.tracking.registry import alias_version, promote, resolve_artifact
 from sere.pipeline.tracking.tracker import resume, track
-
-
-def artifact(seed: int = 0, *, metrics=("cosine", "cka"), num_experts: int = 6, error: float = 0.2) -> SimilarityArtifact:
-    generator = torch.Generator().manual_seed(seed)
-    matrices = {}
-    for layer in (0, 1):
-        for metric in metrics:
-            values = torch.rand(num_experts, num_experts, generator=generator)
-            matrices[layer, metric] = torch.maximum(values, values.T).fill_diagonal_(1)
-    setting = {"primary_top_k": 2, "batch_size": 16, "threshold": 0.0}
-    figures = {"alignment": 0.9, "critical_share": 0.0, "active_before": 5.0, "active_after": 3.0}
-    quality = {
-        "reliability": [{"num_tokens": 99, "metrics": {"cosine": {"spearman": 0.9, "decision": 0.8}}}],
-        "reference": {"metric": "cosine", **setting},
-        "held_out": [
-            {"candidate": name, **setting, "error": value, **figures} for name, value in (("cosine", error), ("random", 0.4))
-        ],
-        "emulation": [
-            {"policy": "none", "primary_top_k": None, "batch_size": 16, "perplexity": 3.0, "kl": 0.0, "agreement": 1.0,
-             "active_experts": 5.0, "num_tokens": 7}
-        ],
-    }  # fmt: skip
-    manifest = {
-        "num_experts": num_experts,
-        "layers": [0, 1],
-        "metrics": list(metrics),
-        "model": {"name": "m", "digest": "d"},
-        "data": {"digest": f"data-{seed}"},
-        "quality": quality,
-    }
-    return SimilarityArtifact(matrices, manifest)
+from tests.calibration_jobs.publish.artifacts import artifact
 
 
 @pytest.fixture(scope="module")
@@ -85,12 +54,6 @@ def store(request, tmp_path):
     mlflow.set_tracking_uri(None)
 
 
-@pytest.fixture
-def printed():
-    """What a command prints."""
-    return Console(file=io.StringIO(), width=200)
-
-
 def register(store, name: str, tmp_path, **changes) -> str:
     file = artifact(**changes).save(tmp_path / "similarity.safetensors")
     with track(store, kind="calibrate", default_name="n") as tracker:
@@ -103,8 +66,8 @@ def test_versions_and_champion(store, tmp_path, printed):
     assert alias_version(store.uri, name, "champion") is None
     assert [register(store, name, tmp_path, seed=seed) for seed in (0, 1)] == ["1", "2"]
     assert (alias_version(store.uri, name, "candidate"), alias_version(store.uri, name, "champion")) == ("2", None)
-    versions.promote(f"models:/{name}/1", uri=store.uri, console=printed)
-    versions.promote(f"models:/{name}@candidate", uri=store.uri, console=printed)
+    print_promotion(f"models:/{name}/1", uri=store.uri, console=printed)
+    print_promotion(f"models:/{name}@candidate", uri=store.uri, console=printed)
     assert printed.file.getvalue().splitlines() == [
         f"{name}: champion is version 1, was none",
         f"{name}: champion is version 2, was 1",
@@ -113,7 +76,7 @@ def test_versions_and_champion(store, tmp_path, printed):
     expected = artifact(1)
     found = SimilarityArtifact.load(champion)
     assert all(torch.equal(found.matrices[key], matrix) for key, matrix in expected.matrices.items())
-    versions.inspect(f"models:/{name}/1", uri=store.uri, output=str(tmp_path / "pictures"), console=printed)
+    inspect(f"models:/{name}/1", uri=store.uri, output=str(tmp_path / "pictures"), console=printed)
     assert "data-0" in printed.file.getvalue() and (tmp_path / "pictures" / "heatmaps" / "layer_001.png").is_file()
     for wrong in (f"models:/{name}/7", f"models:/{name}@nobody", "models:/unknown/1"):
         # A password in the address is not shown; the server asks for none.
@@ -139,29 +102,3 @@ def test_a_run_goes_on_and_registers_once(store, tmp_path):
     assert run.info.status == "FINISHED" and run.data.metrics["a"] == 2
     assert (run.data.params["num_workers"], run.data.params["only_2"]) == ("1", "1"), "a param keeps its first value"
     assert resume(store, "0" * 32) is None and resume(TrackingConfig(uri=""), run_id) is None
-
-
-def test_inspect_prints_manifest_and_figures(tmp_path, printed):
-    file = artifact().save(tmp_path / "similarity.safetensors")
-    versions.inspect(str(file), uri=None, output=None, console=printed)
-    text = printed.file.getvalue()
-    for expected in ("model.digest", "data-0", "0.900", "0.2000", "0.500", "lowest error at S=2, batch 16: cosine", "3.0000"):
-        assert expected in text, expected
-
-
-def test_diff(tmp_path, printed):
-    first = artifact(0).save(tmp_path / "a" / "similarity.safetensors")
-    second = artifact(1, error=0.3).save(tmp_path / "b" / "similarity.safetensors")
-    versions.diff(str(first), str(second), uri=None, console=printed)
-    text = printed.file.getvalue()
-    assert "data.digest" in text and "+0.1000" in text and "not comparable" in text
-    largest = max((artifact(0).matrix(i, "cka") - artifact(1).matrix(i, "cka")).abs().max().item() for i in (0, 1))
-    assert f"{largest:.4f}" in text
-    versions.diff(str(first), str(first), uri=None, console=printed)
-    assert "Provenance: the same" in printed.file.getvalue()
-    other = artifact(num_experts=5).save(tmp_path / "c" / "similarity.safetensors")
-    with pytest.raises(ConfigError, match="different models"):
-        versions.diff(str(first), str(other), uri=None, console=printed)
-    other = artifact(metrics=("frobenius",)).save(tmp_path / "d" / "similarity.safetensors")
-    with pytest.raises(ConfigError, match="no metric in common"):
-        versions.diff(str(first), str(other), uri=None, console=printed)

@@ -5,10 +5,11 @@ import math
 import pytest
 import torch
 
+from sere.calibration_jobs.capture.batches import pad_rows
 from sere.calibration_jobs.capture.experts import intercept_experts
-from sere.calibration_jobs.judge.candidates import held_out_rows
-from sere.calibration_jobs.judge.held_out import SUMS, Candidate, decode_groups, routing_error, settings_of
-from sere.calibration_jobs.workers.model import pad_rows
+from sere.calibration_jobs.judge.candidates import RANDOM, Candidate, settings_of
+from sere.calibration_jobs.judge.decode_steps import decode_groups
+from sere.calibration_jobs.judge.held_out_error import SUMS, routing_error
 from sere.ops.reference import reroute_reference
 from tests.calibration_jobs.capture.test_experts import make
 
@@ -24,18 +25,11 @@ def model():
 
 def candidates() -> list[Candidate]:
     found = []
-    for number, name in enumerate(("cosine", "random-0", "random-1")):
+    for number, name in enumerate(("cosine", RANDOM, RANDOM)):
         generator = torch.Generator().manual_seed(number)
         matrices = {layer: torch.rand(6, 6, generator=generator) for layer in range(3)}
         found.append(Candidate(name, matrices, (0.0, 0.6) if name == "cosine" else (0.0,)))
     return found
-
-
-def test_groups_are_the_same_position_of_different_sequences():
-    valid = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 1, 1], [1, 1, 1], [1, 1, 1]]).bool()
-    assert decode_groups(valid, 2).tolist() == [[0, 3], [1, 4], [6, 9], [7, 10], [8, 11]]
-    assert decode_groups(valid, 5).tolist() == [[0, 3, 6, 9, 12], [1, 4, 7, 10, 13]]
-    assert decode_groups(valid, 6).tolist() == []
 
 
 def direct(model, batch_size: int, candidate: Candidate, threshold: float, primary_top_k: int) -> dict[int, dict[str, float]]:
@@ -77,28 +71,12 @@ def test_sums_are_those_of_the_definition(model, block_tokens):
     sums = routing_error(model, ROWS, candidates(), primary_top_k=top_ks, batch_sizes=sizes, block_tokens=block_tokens)
     settings = settings_of(candidates(), primary_top_k=top_ks, batch_sizes=sizes)
     assert sorted(sums) == [0, 1, 2] and len(settings) == 8
-    by_name = {candidate.name: candidate for candidate in candidates()}
-    for index, setting in enumerate(settings):
-        expected = direct(model, setting.batch_size, by_name[setting.candidate], setting.threshold, setting.primary_top_k)
+    # In the order of the settings: draws of the control have one name.
+    judged = [candidate for _ in sizes for candidate in candidates() for _ in top_ks for _ in candidate.thresholds]
+    for index, (setting, candidate) in enumerate(zip(settings, judged, strict=True)):
+        assert setting.candidate == candidate.name
+        expected = direct(model, setting.batch_size, candidate, setting.threshold, setting.primary_top_k)
         for layer, values in sums.items():
             for name, value in zip(SUMS, values[index].tolist(), strict=True):
                 assert math.isclose(value, expected[layer][name], rel_tol=1e-4, abs_tol=1e-9), (setting, layer, name)
     assert any(sums[0][i, SUMS.index("critical")] > 0 for i in range(len(settings))), "the threshold keeps some"
-
-
-def test_rows_are_means_over_layers_and_random_repeats(model):
-    arguments = {"primary_top_k": (1,), "batch_sizes": (2,)}
-    parts = [routing_error(model, rows, candidates(), block_tokens=50, **arguments) for rows in (ROWS[:4], ROWS[4:])]
-    results = [({str(layer): values for layer, values in part.items()}, {}) for part in parts]
-    rows = held_out_rows(results, candidates(), (2,), (1,))
-    assert [(row["candidate"], row["threshold"]) for row in rows] == [("cosine", 0.0), ("cosine", 0.6), ("random", 0.0)]
-    error, output = SUMS.index("squared_error"), SUMS.index("squared_output")
-
-    def layer_error(layer: int, index: int) -> float:
-        total = parts[0][layer][index] + parts[1][layer][index]
-        return math.sqrt(total[error] / total[output])
-
-    assert math.isclose(rows[0]["error"], sum(layer_error(layer, 0) for layer in range(3)) / 3)
-    assert math.isclose(rows[2]["layers"][1], (layer_error(1, 2) + layer_error(1, 3)) / 2)
-    assert rows[0]["critical_share"] == 0 < rows[1]["critical_share"]
-    assert rows[1]["active_after"] > rows[0]["active_after"] and rows[0]["active_before"] > rows[0]["active_after"]

@@ -4,9 +4,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sere.calibration_jobs.judge import grouped
-from sere.calibration_jobs.judge.grouped import reroute_groups
+from sere.calibration_jobs.judge import decode_steps
+from sere.calibration_jobs.judge.decode_steps import decode_groups, reroute_groups
 from sere.ops.reference import reroute_reference
+
+
+def test_groups_are_the_same_position_of_different_sequences():
+    valid = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 1, 1], [1, 1, 1], [1, 1, 1]]).bool()
+    assert decode_groups(valid, 2).tolist() == [[0, 3], [1, 4], [6, 9], [7, 10], [8, 11]]
+    assert decode_groups(valid, 5).tolist() == [[0, 3, 6, 9, 12], [1, 4, 7, 10, 13]]
+    assert decode_groups(valid, 6).tolist() == []
 
 
 @settings(max_examples=150, deadline=None)
@@ -41,5 +48,5 @@ def test_blocks_do_not_change_the_result(monkeypatch):
     ids = torch.rand(7, 4, 9).argsort(dim=2)[..., :3]
     arguments = {"primary_top_k": 1, "thresholds": torch.tensor([0.0, 0.5])}
     whole = reroute_groups(weights, ids, similarity, **arguments)
-    monkeypatch.setattr(grouped, "_BLOCK_ELEMENTS", 100)
+    monkeypatch.setattr(decode_steps, "_BLOCK_ELEMENTS", 100)
     assert torch.equal(reroute_groups(weights, ids, similarity, **arguments), whole)

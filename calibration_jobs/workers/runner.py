@@ -5,9 +5,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from sere.calibration_jobs.workers.model import ModelFacts
-from sere.calibration_jobs.workers.pool import Task, WorkerPool, check_room, start_ray
+from sere.calibration_jobs.workers.pool import WorkerPool
 from sere.calibration_jobs.workers.results import DamagedResult, JobFolder, Result
+from sere.calibration_jobs.workers.task import Task
+from sere.calibration_jobs.workers.worker import CalibrationWorker
 from sere.conf.schema import CalibrateConfig
+from sere.pipeline.runtime.cluster import refuse_missing_room, start_ray
 
 _log = logging.getLogger(__name__)
 
@@ -15,8 +18,16 @@ _log = logging.getLogger(__name__)
 class TaskRunner:
     """Runs tasks whose results are not yet in the folder, over workers that are started when the first is needed."""
 
-    def __init__(self, config: CalibrateConfig, model: ModelFacts, folder: JobFolder) -> None:
-        self._config, self._model, self._folder = config, model, folder
+    def __init__(self, config: CalibrateConfig, model: ModelFacts, folder: JobFolder, *, ray_address: str | None) -> None:
+        """Nothing is started yet.
+
+        Args:
+            config: The settings.
+            model: What workers load.
+            folder: Where results are kept.
+            ray_address: The Ray cluster to join; None: a local one is started.
+        """
+        self._config, self._model, self._folder, self._ray_address = config, model, folder, ray_address
         self._pool: WorkerPool | None = None
         self.num_done = 0
 
@@ -34,13 +45,17 @@ class TaskRunner:
 
     def start_ray(self) -> None:
         """Join or start Ray, and see that it has room for a worker."""
-        start_ray(self._config.num_workers * self._config.num_cpus_per_worker)
-        check_room(num_cpus=self._config.num_cpus_per_worker, num_gpus=self._config.num_gpus_per_worker)
+        config = self._config
+        start_ray(config.num_workers * config.num_cpus_per_worker, address=self._ray_address)
+        refuse_missing_room(
+            {"CPU": config.num_cpus_per_worker, "GPU": config.num_gpus_per_worker},
+            address=self._ray_address,
+            what="a worker",
+            remedy="num_{}_per_worker",
+        )
 
     def _start_worker(self) -> Any:
         import ray
-
-        from sere.calibration_jobs.workers.worker import CalibrationWorker
 
         options = {"num_cpus": self._config.num_cpus_per_worker, "num_gpus": self._config.num_gpus_per_worker}
         return ray.remote(**options)(CalibrationWorker).remote(self._config, self._model.block_tokens)

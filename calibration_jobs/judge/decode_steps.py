@@ -1,12 +1,30 @@
-"""Re-routing of many decode steps of one layer at once, for judging similarity matrices offline."""
+"""Many decode steps of one layer at once: which tokens share a step, how a step is re-routed, how many experts it needs."""
 
 import torch
 from torch import Tensor
 
-from sere.ops.op import voting_slots
+from sere.ops.kernels.votes import voting_slots
 
 # Elements of the masked similarities held at once (256 MiB of float32).
 _BLOCK_ELEMENTS = 1 << 26
+
+
+def decode_groups(valid: Tensor, batch_size: int) -> Tensor:
+    """Tokens that a decode step of `batch_size` sequences would hold: the same position of as many different sequences.
+
+    Args:
+        valid: bool `[num_sequences, sequence_length]`.
+        batch_size: Sequences per step. Sequences that do not fill a step, and positions that not all of a step's sequences
+            have, are left out.
+
+    Returns:
+        Indices into the flattened tokens, int64 `[num_groups, batch_size]`.
+    """
+    num_sequences, length = valid.shape
+    kept = num_sequences // batch_size * batch_size
+    index = torch.arange(num_sequences * length).view(num_sequences, length)[:kept].view(-1, batch_size, length)
+    groups = index.transpose(1, 2).reshape(-1, batch_size)
+    return groups[valid.flatten()[groups].all(dim=1)]
 
 
 def reroute_groups(
@@ -47,3 +65,9 @@ def reroute_groups(
     table = torch.cat(tables, dim=1)
     ids = topk_ids.reshape(1, num_groups, -1).expand(len(thresholds), -1, -1)
     return table.gather(2, ids).view(len(thresholds), *topk_ids.shape)
+
+
+def num_active(ids: Tensor, num_experts: int) -> Tensor:
+    """Active experts, summed over the groups of `[num_groups, num_tokens, top_k]`."""
+    hit = torch.zeros(len(ids), num_experts, dtype=torch.bool, device=ids.device)
+    return hit.scatter_(1, ids.reshape(len(ids), -1), True).sum()

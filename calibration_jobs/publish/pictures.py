@@ -3,47 +3,17 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from sere.calibration_jobs.judge.candidates import CHAMPION, RANDOM, UNMODIFIED
 from sere.calibration_jobs.publish.numbers import transfer_table
+from sere.pipeline.compare.heatmaps import heatmaps
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from torch import Tensor
 
     from sere.ops.similarity import SimilarityArtifact
 
 _RANDOM_STYLE = {"color": "black", "linestyle": "--"}
-
-
-def cluster_order(similarity: "Tensor") -> list[int]:
-    """Experts in the order of a hierarchical clustering (average linkage of 1 - similarity): alike ones side by side."""
-    from scipy.cluster.hierarchy import leaves_list, linkage, optimal_leaf_ordering
-    from scipy.spatial.distance import squareform
-
-    if len(similarity) < 3:
-        return list(range(len(similarity)))
-    distance = squareform((1 - similarity).clamp(min=0).fill_diagonal_(0).double().numpy(), checks=False)
-    tree = linkage(distance, method="average")
-    # Ordering the leaves takes time in the cube of their number.
-    return [int(leaf) for leaf in leaves_list(optimal_leaf_ordering(tree, distance) if len(similarity) <= 256 else tree)]
-
-
-def heatmaps(artifact: "SimilarityArtifact") -> Iterator[tuple[str, "Figure"]]:
-    """One picture per layer, a panel per metric, each in its own cluster order and colour range."""
-    from matplotlib.figure import Figure
-
-    for layer in artifact.layers:
-        figure = Figure(figsize=(4.6 * len(artifact.metrics), 4.2), layout="constrained")
-        panels = figure.subplots(1, len(artifact.metrics), squeeze=False)[0]
-        for panel, metric in zip(panels, artifact.metrics, strict=True):
-            matrix = artifact.matrix(layer, metric)
-            order = cluster_order(matrix)
-            shown = matrix[order][:, order].clone().fill_diagonal_(float("nan"))
-            image = panel.imshow(shown.numpy(), cmap="viridis", interpolation="nearest")
-            panel.set(title=f"layer {layer}, {metric}", xlabel="experts, alike ones side by side")
-            panel.set(xticks=[], yticks=[])
-            figure.colorbar(image, ax=panel, shrink=0.8)
-        yield f"heatmaps/layer_{layer:03d}.png", figure
 
 
 def _new(width: float = 6.4, height: float = 4.4) -> tuple["Figure", "Axes"]:
@@ -99,13 +69,13 @@ def held_out_error(quality: dict[str, Any]) -> "Figure":
     """Error against active experts: every metric over its thresholds and S, beside a random primary expert."""
     from matplotlib.figure import Figure
 
-    rows = [row for row in quality["held_out"] if row["candidate"] != "champion"]
+    rows = [row for row in quality["held_out"] if row["candidate"] != CHAMPION]
     sizes = sorted({row["batch_size"] for row in rows})
     figure = Figure(figsize=(4.6 * len(sizes), 4.2), layout="constrained")
     names = list(dict.fromkeys(row["candidate"] for row in rows))
     for panel, size in zip(figure.subplots(1, len(sizes), squeeze=False)[0], sizes, strict=True):
         for number, name in enumerate(names):
-            style = _RANDOM_STYLE if name == "random" else {"color": f"C{number}"}
+            style = _RANDOM_STYLE if name == RANDOM else {"color": f"C{number}"}
             for count, top_k in enumerate(sorted({row["primary_top_k"] for row in rows})):
                 line = [r for r in rows if (r["candidate"], r["batch_size"], r["primary_top_k"]) == (name, size, top_k)]
                 points = sorted((row["active_after"], row["error"]) for row in line)
@@ -120,12 +90,12 @@ def held_out_error(quality: dict[str, Any]) -> "Figure":
 def emulation(quality: dict[str, Any]) -> "Figure":
     """KL divergence to the unmodified model against active experts, one line per policy."""
     figure, axes = _new()
-    rows = [row for row in quality["emulation"] if row["policy"] != "none"]
+    rows = [row for row in quality["emulation"] if row["policy"] != UNMODIFIED]
     for number, (policy, size) in enumerate(dict.fromkeys((row["policy"], row["batch_size"]) for row in rows)):
         line = sorted(
             (row["active_experts"], row["kl"]) for row in rows if (row["policy"], row["batch_size"]) == (policy, size)
         )
-        style = _RANDOM_STYLE if policy == "random" else {"color": f"C{number}"}
+        style = _RANDOM_STYLE if policy == RANDOM else {"color": f"C{number}"}
         axes.plot(*zip(*line, strict=True), marker="o", markersize=3, label=f"{policy}, batch {size}", **style)
     axes.set(yscale="log", xlabel="active experts per step and layer", ylabel="KL to the unmodified model (nats a token)")
     axes.legend(fontsize="small")
@@ -133,7 +103,7 @@ def emulation(quality: dict[str, Any]) -> "Figure":
     return figure
 
 
-def all_figures(artifact: "SimilarityArtifact", quality: dict[str, Any]) -> Iterator[tuple[str, "Figure"]]:
+def all_pictures(artifact: "SimilarityArtifact", quality: dict[str, Any]) -> Iterator[tuple[str, "Figure"]]:
     """Path and picture, of everything there is."""
     yield from heatmaps(artifact)
     if quality.get("reliability"):
@@ -141,5 +111,5 @@ def all_figures(artifact: "SimilarityArtifact", quality: dict[str, Any]) -> Iter
     yield from transfer_heatmaps(quality)
     if quality.get("held_out"):
         yield "held_out_error.png", held_out_error(quality)
-    if any(row["policy"] != "none" for row in quality.get("emulation", ())):
+    if any(row["policy"] != UNMODIFIED for row in quality.get("emulation", ())):
         yield "emulation.png", emulation(quality)

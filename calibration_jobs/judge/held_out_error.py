@@ -5,15 +5,15 @@ The layer's output is that of its routed experts. A shared expert, where the mod
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sere.calibration_jobs.capture.batches import pad_rows
 from sere.calibration_jobs.capture.experts import ExpertsCall, intercept_experts
-from sere.calibration_jobs.judge.grouped import reroute_groups
-from sere.calibration_jobs.workers.model import pad_rows
+from sere.calibration_jobs.judge.candidates import Candidate
+from sere.calibration_jobs.judge.decode_steps import decode_groups, num_active, reroute_groups
 
 # Elements of the configurations' outputs held at once (256 MiB of float32).
 _BLOCK_ELEMENTS = 1 << 26
@@ -30,56 +30,6 @@ SUMS = (
 )
 """What is summed for each configuration and layer. `aligned` are cosines of a token's output before and after; `secondary` and
 `critical` are slots whose expert is not primary, and those of them that keep it."""
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A set of matrices that is judged."""
-
-    name: str
-    """A metric, `random-N`, `champion`, or a metric and a domain, as `cosine@code`."""
-    matrices: Mapping[int, Tensor]
-    """float32 `[num_experts, num_experts]` by layer."""
-    thresholds: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One judged configuration."""
-
-    candidate: str
-    primary_top_k: int
-    threshold: float
-    batch_size: int
-
-
-def settings_of(candidates: Sequence[Candidate], *, primary_top_k: Sequence[int], batch_sizes: Sequence[int]) -> list[Setting]:
-    """All combinations, in the order in which `routing_error` returns them."""
-    return [
-        Setting(candidate.name, top_k, threshold, batch)
-        for batch in batch_sizes
-        for candidate in candidates
-        for top_k in primary_top_k
-        for threshold in candidate.thresholds
-    ]
-
-
-def decode_groups(valid: Tensor, batch_size: int) -> Tensor:
-    """Tokens that a decode step of `batch_size` sequences would hold: the same position of as many different sequences.
-
-    Args:
-        valid: bool `[num_sequences, sequence_length]`.
-        batch_size: Sequences per step. Sequences that do not fill a step, and positions that not all of a step's sequences
-            have, are left out.
-
-    Returns:
-        Indices into the flattened tokens, int64 `[num_groups, batch_size]`.
-    """
-    num_sequences, length = valid.shape
-    kept = num_sequences // batch_size * batch_size
-    index = torch.arange(num_sequences * length).view(num_sequences, length)[:kept].view(-1, batch_size, length)
-    groups = index.transpose(1, 2).reshape(-1, batch_size)
-    return groups[valid.flatten()[groups].all(dim=1)]
 
 
 def routing_error(
@@ -138,7 +88,7 @@ def _layer_sums(
         index = index.to(device)
         before, ranked = ids[index], weights[index]
         member = torch.zeros(num_tokens, dtype=torch.bool, device=device).index_fill_(0, index.flatten(), True)
-        active_before = _num_active(before, num_experts)
+        active_before = num_active(before, num_experts)
         for candidate in candidates:
             similarity = candidate.matrices[call.layer].to(device)
             thresholds = torch.tensor(candidate.thresholds, dtype=torch.float32, device=device)
@@ -154,7 +104,7 @@ def _layer_sums(
                             secondary.sum(),
                             (secondary & ~moved).sum(),
                             active_before,
-                            _num_active(routed, num_experts),
+                            num_active(routed, num_experts),
                             len(index),
                         )
                     )
@@ -182,9 +132,3 @@ def _layer_sums(
             squares[:, 3] += counts_here.sum(0)
     figures = torch.tensor([[float(value) for value in row] for row in counts], dtype=torch.float64)
     return torch.cat((squares.cpu(), figures), dim=1)
-
-
-def _num_active(ids: Tensor, num_experts: int) -> Tensor:
-    """Active experts, summed over the groups of `[num_groups, num_tokens, top_k]`."""
-    hit = torch.zeros(len(ids), num_experts, dtype=torch.bool, device=ids.device)
-    return hit.scatter_(1, ids.reshape(len(ids), -1), True).sum()

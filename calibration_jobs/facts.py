@@ -1,0 +1,49 @@
+"""The job's nouns: what a calibration is of, and what its text has said. `job.py` fills both in."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sere.calibration_jobs.metrics.base import Matrices
+from sere.calibration_jobs.metrics.merge import MergedSums
+from sere.calibration_jobs.shards import Plan
+from sere.calibration_jobs.workers.model import ModelFacts
+from sere.calibration_jobs.workers.results import JobFolder
+from sere.conf.schema import CalibrateConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobFacts:
+    """What is known of a job before it begins."""
+
+    config: CalibrateConfig
+    model: ModelFacts
+    plan: Plan
+    folder: JobFolder
+    """Open: this process works in it."""
+    name: str
+    """The registered model."""
+    key: str
+    """What one MLflow run and one version belong to; keeps the results of other judge settings apart."""
+    run_id: str | None
+    """The MLflow run; None without tracking."""
+
+    @property
+    def file(self) -> Path:
+        """The artifact."""
+        return Path(self.config.output)
+
+
+@dataclass(frozen=True)
+class Similarities:
+    """What the text, and the weights, say of the experts."""
+
+    matrices: Matrices
+    merged: MergedSums | None = None
+    """The sums they come from, by domain and half; None where only weights are compared."""
+    growth: list[dict[str, Any]] = field(default_factory=list)
+    """How the agreement of the data's two halves grew with tokens: `num_tokens`, and `metrics` as `agreement` returns them."""
+
+    @property
+    def num_tokens(self) -> int:
+        return self.merged.num_tokens() if self.merged is not None else 0

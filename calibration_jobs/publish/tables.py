@@ -1,0 +1,103 @@
+"""Tables of an artifact: its manifest and its quality, for the terminal."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from sere.calibration_jobs.judge.candidates import RANDOM
+from sere.calibration_jobs.publish.numbers import best_metric, transfer_table
+from sere.conf.nested import flatten
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from sere.ops.similarity import SimilarityArtifact
+
+
+def new_table(title: str, *columns: str) -> "Table":
+    """An empty table; its first column is text, the others are numbers."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number else "left")
+    return table
+
+
+def manifest_rows(artifact: "SimilarityArtifact") -> dict[str, str]:
+    """An artifact's manifest without its quality, as flat text; long lists by their ends."""
+
+    def shown(value: Any) -> str:
+        return f"{value[0]} ... {value[-1]} ({len(value)})" if isinstance(value, list) and len(value) > 8 else str(value)
+
+    manifest = flatten({key: value for key, value in artifact.manifest.items() if key != "quality"})
+    return {key: shown(value) for key, value in manifest.items()}
+
+
+def quality_tables(quality: Mapping[str, Any]) -> list["Table"]:
+    """The figures of a quality record as tables."""
+    found = []
+    if quality.get("reliability"):
+        last = quality["reliability"][-1]
+        table = new_table(
+            f"Reliability: two halves of {last['num_tokens']} tokens", "metric", "rank correlation", "same nearest expert"
+        )
+        for metric, figures in last["metrics"].items():
+            table.add_row(metric, f"{figures['spearman']:.3f}", f"{figures['decision']:.3f}")
+        found.append(table)
+    for metric, figures in quality.get("transfer", {}).items():
+        table = new_table(f"Transfer, {metric}: rank correlation / same nearest expert", "domain", *figures["domains"])
+        for domain, *values in zip(figures["domains"], figures["spearman"], figures["decision"], strict=True):
+            table.add_row(domain, *(f"{a:.3f} / {b:.3f}" for a, b in zip(*values, strict=True)))
+        found.append(table)
+    sources, rows = transfer_table(dict(quality))
+    if rows:
+        table = new_table("Held-out error by source of the matrices", "tokens of", *sources)
+        for domain, errors in rows.items():
+            table.add_row(domain, *(f"{errors[source]:.4f}" for source in sources))
+        found.append(table)
+    if quality.get("held_out"):
+        found.append(_held_out_table(quality))
+    if quality.get("emulation"):
+        table = new_table(
+            "Teacher-forced decode emulation", "policy", "batch", "S", "active experts", "perplexity", "KL", "same next token"
+        )
+        for row in quality["emulation"]:
+            table.add_row(
+                row["policy"],
+                str(row["batch_size"]),
+                str(row["primary_top_k"] or "-"),
+                f"{row['active_experts']:.1f}",
+                f"{row['perplexity']:.4f}",
+                f"{row['kl']:.5f}",
+                f"{row['agreement']:.4f}",
+            )
+        found.append(table)
+    return found
+
+
+def _held_out_table(quality: Mapping[str, Any]) -> "Table":
+    table = new_table(
+        "Held-out re-routing error (relative error of a layer's output, mean over layers)",
+        "matrices", "batch", "S", "threshold", "error", "of random", "alignment", "critical", "active before", "after",
+    )  # fmt: skip
+    random = {(r["batch_size"], r["primary_top_k"]): r["error"] for r in quality["held_out"] if r["candidate"] == RANDOM}
+    for row in quality["held_out"]:
+        against = random.get((row["batch_size"], row["primary_top_k"]))
+        table.add_row(
+            row["candidate"],
+            str(row["batch_size"]),
+            str(row["primary_top_k"]),
+            f"{row['threshold']:.3f}",
+            f"{row['error']:.4f}",
+            # Only where nothing is kept critical are the active experts the same.
+            f"{row['error'] / against:.3f}" if against and row["threshold"] == 0 else "",
+            f"{row['alignment']:.4f}",
+            f"{row['critical_share']:.1%}",
+            f"{row['active_before']:.1f}",
+            f"{row['active_after']:.1f}",
+        )
+    best = best_metric(dict(quality))
+    reference = quality["reference"]
+    table.caption = f"lowest error at S={reference['primary_top_k']}, batch {reference['batch_size']}: {best}"
+    return table
