@@ -11,7 +11,7 @@ import torch
 from sere.conf.errors import ConfigError
 from sere.conf.schema import RerouteConfig
 from sere.ops.engine.roles import metadata_gives_counts, metadata_gives_starts
-from sere.ops.kernels.cuda import MAX_EXPERTS, MAX_TOP_K
+from sere.ops.policies import POLICIES
 
 
 def refuse_engine_modes(vllm_config: Any, config: RerouteConfig, device: torch.device) -> None:
@@ -19,6 +19,7 @@ def refuse_engine_modes(vllm_config: Any, config: RerouteConfig, device: torch.d
     import vllm.envs as envs
 
     parallel = vllm_config.parallel_config
+    devices = POLICIES[config.policy].devices
     refusals = [
         (
             envs.VLLM_BATCH_INVARIANT,
@@ -50,7 +51,7 @@ def refuse_engine_modes(vllm_config: Any, config: RerouteConfig, device: torch.d
             "kv_sharing_fast_prefill to false",
         ),
         (
-            device.type not in ("cpu", "cuda") and config.policy in ("sere", "random"),
+            devices is not None and device.type not in devices,
             f"policy {config.policy!r} has no kernel for {device.type}: run it on an NVIDIA GPU or on the CPU, or use policy "
             "'none' or 'top_k'",
         ),
@@ -72,15 +73,6 @@ def refuse_router(runner: Any) -> None:
         raise ConfigError(
             f"{runner.layer_name} routes its shared experts together with the others: turn that fusion off "
             "(VLLM_ROCM_USE_AITER_FUSION_SHARED_EXPERTS=0)"
-        )
-
-
-def refuse_sizes(num_experts: int, top_k: int, layer_name: str) -> None:
-    """Refuse a layer that is larger than the CUDA kernel takes."""
-    if num_experts > MAX_EXPERTS or top_k > MAX_TOP_K:
-        raise ConfigError(
-            f"{layer_name} has {num_experts} experts and top_k {top_k}, the CUDA kernel takes at most {MAX_EXPERTS} and "
-            f"{MAX_TOP_K}: remove `sere` from additional_config"
         )
 
 

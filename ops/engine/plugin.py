@@ -9,6 +9,7 @@ which does nothing more than before unless the engine's configuration asks for r
     WorkerWrapperBase.initialize_from_config   the last checks before the engine is up
     WorkerWrapperBase.execute_model, shutdown  counters start at the first real step and are flushed; a step whose roles
                                                nobody set is an error
+    WorkerWrapperBase.sere_status              new: what `assert_rerouting` asks
     gpu.GPUModelRunner.prepare_attn,           the rows' roles, for the V2 model runner, which replays full CUDA graphs without
     gpu.CudaGraphManager.run_fullgraph         a forward context; those of draft models too, whose rows are none of the step's
 
@@ -32,6 +33,7 @@ from torch import Tensor
 from sere.conf.errors import ConfigError
 from sere.ops.engine.checks import self_selecting_experts
 from sere.ops.engine.state import ENGINE_STATES, EngineState, LayerState
+from sere.ops.engine.status import STATUS_METHOD
 
 _library = torch.library.Library("sere", "FRAGMENT")
 _library.define("route(Tensor topk_weights, Tensor topk_ids, Tensor router_logits, str layer_name) -> (Tensor, Tensor)")
@@ -80,22 +82,30 @@ def _key(vllm_config: Any) -> int:
 
 
 @contextmanager
-def _leave_reason(settings: dict[str, Any]) -> Iterator[None]:
-    """Write a refusal into `stats_dir`: from a worker process, vLLM passes on only that the engine did not start."""
+def _refusing(vllm_config: Any) -> Iterator[None]:
+    """Forget an engine that is refused, and write why into `stats_dir`: from a worker process, vLLM passes on only that the
+    engine did not start."""
     try:
         yield
     except ConfigError as error:
-        if settings.get("stats_dir"):
-            folder = Path(settings["stats_dir"])
+        ENGINE_STATES.pop(_key(vllm_config), None)
+        stats_dir = (_settings(vllm_config) or {}).get("stats_dir")
+        if stats_dir:
+            folder = Path(stats_dir)
             folder.mkdir(parents=True, exist_ok=True)
             (folder / f"{os.getpid()}.refused").write_text(str(error))
         raise
 
 
+def _status(worker: Any) -> dict[str, Any]:
+    state = ENGINE_STATES.get(_key(worker.vllm_config))
+    return state.status() if state is not None else {"policy": None, "num_layers": 0}
+
+
 def _wrap(owner: Any, name: str, make: Callable[[Callable], Callable]) -> None:
     original = getattr(owner, name)
     if not hasattr(original, "sere_original"):
-        wrapper = functools.wraps(original)(make(original))
+        wrapper: Any = functools.wraps(original)(make(original))
         wrapper.sere_original = original
         setattr(owner, name, wrapper)
 
@@ -116,7 +126,7 @@ def register() -> None:
             settings = _settings(vllm_config)
             if settings is None:
                 return
-            with _leave_reason(settings):
+            with _refusing(vllm_config):
                 state = ENGINE_STATES.get(_key(vllm_config))
                 if state is None:
                     state = ENGINE_STATES[_key(vllm_config)] = EngineState(settings, vllm_config)
@@ -150,11 +160,11 @@ def register() -> None:
         def initialize_from_config(self: Any, *args: Any, **kwargs: Any) -> Any:
             settings = _settings(self.vllm_config)
             if settings is not None:
-                with _leave_reason(settings):
+                with _refusing(self.vllm_config):
                     state = ENGINE_STATES.get(_key(self.vllm_config))
                     if state is None:
                         # No MoE layer was made: let the settings speak first, then that.
-                        state = EngineState(settings, self.vllm_config)
+                        state = ENGINE_STATES[_key(self.vllm_config)] = EngineState(settings, self.vllm_config)
                     state.finish_start(self.vllm_config)
             return original(self, *args, **kwargs)
 
@@ -214,6 +224,7 @@ def register() -> None:
     _wrap(WorkerWrapperBase, "initialize_from_config", make_initialize)
     _wrap(WorkerWrapperBase, "execute_model", make_execute)
     _wrap(WorkerWrapperBase, "shutdown", make_shutdown)
+    setattr(WorkerWrapperBase, STATUS_METHOD, _status)
     if current_platform.is_cuda():
         from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager, ModelCudaGraphManager
         from vllm.v1.worker.gpu.model_runner import GPUModelRunner

@@ -24,13 +24,15 @@ class TokenRoles:
     def __init__(
         self, *, capacity: int, device: torch.device, decode_length: int, phase: str, min_tokens: int, max_tokens: int
     ) -> None:
-        """Args:
-        capacity: Most rows a step can have, padding included.
-        device: Where the layers run.
-        decode_length: Most query tokens of a sequence that is decoding: 1, plus the speculative tokens.
-        phase: decode, or all to treat prefill rows as decode rows.
-        min_tokens: Fewer decode rows than this: left alone.
-        max_tokens: More rows than this: left alone.
+        """Make the buffers of a worker.
+
+        Args:
+            capacity: Most rows a step can have, padding included.
+            device: Where the layers run.
+            decode_length: Most query tokens of a sequence that is decoding: 1, plus the speculative tokens.
+            phase: decode, or all to treat prefill rows as decode rows.
+            min_tokens: Fewer decode rows than this: left alone.
+            max_tokens: More rows than this: left alone.
         """
         self.roles = torch.zeros(capacity, dtype=torch.int8, device=device)
         self.step = torch.zeros(3, dtype=torch.int64, device=device)

@@ -8,11 +8,12 @@ from torch import Tensor
 
 from sere.conf.errors import ConfigError
 from sere.conf.schema import RerouteConfig
-from sere.ops.engine.checks import find_attention_layer, refuse_engine_modes, refuse_monolithic, refuse_router, refuse_sizes
-from sere.ops.engine.counters import CounterFile, count_step
+from sere.ops.engine.checks import find_attention_layer, refuse_engine_modes, refuse_monolithic, refuse_router
+from sere.ops.engine.counters import CounterFile
 from sere.ops.engine.roles import TokenRoles, fill_from_metadata
 from sere.ops.model_digest import model_digest
-from sere.ops.policies.base import POLICIES, LayerInfo, Policy, TopKPolicy
+from sere.ops.policies import POLICIES
+from sere.ops.policies.base import LayerInfo, Policy
 from sere.ops.similarity import SimilarityArtifact
 
 logger = logging.getLogger("vllm.sere")
@@ -25,11 +26,6 @@ class LayerState:
         self.policy = policy
         self.roles = roles
         self.counters: Tensor | None = None
-        # One launch re-routes and counts. Dropping slots (top_k) is left to torch's operations.
-        self.uses_kernel = policy.layer.device.type == "cuda" and not isinstance(policy, TopKPolicy)
-        # Where nothing is re-routed, a kept slot is not critical: count as if every slot voted.
-        counts_all = policy.config.policy == "none"
-        self._voting_top_k = policy.layer.top_k if counts_all else policy.config.primary_top_k
 
     @property
     def has_work(self) -> bool:
@@ -37,10 +33,7 @@ class LayerState:
         return self.policy.changes_routing or self.counters is not None
 
     def route(self, topk_weights: Tensor, topk_ids: Tensor, router_logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Apply the policy to one step and count what it did. Shapes as in `Policy.route`.
-
-        On a GPU `topk_ids` itself is changed: routers return a new tensor, and a copy would be another launch.
-        """
+        """Apply the policy to one step and count what it did: `Policy.route_and_count`."""
         if not self.has_work:
             return topk_weights, topk_ids
         num_rows = topk_ids.shape[0]
@@ -50,52 +43,23 @@ class LayerState:
                 "token roles cannot be known"
             )
         roles = self.roles.roles[:num_rows]
-        if self.uses_kernel:
-            return topk_weights, self._launch(topk_weights, topk_ids, roles)
-        weights, ids = self.policy.route(topk_weights, topk_ids, router_logits, roles)
-        if self.counters is not None:
-            count_step(
-                self.counters,
-                topk_weights=topk_weights,
-                ids_before=topk_ids,
-                ids_after=ids,
-                roles=roles,
-                num_decode_rows=self.roles.step[0],
-                num_experts=self.policy.layer.num_experts,
-                primary_top_k=self._voting_top_k,
-            )
-        return weights, ids
-
-    def _launch(self, topk_weights: Tensor, topk_ids: Tensor, roles: Tensor) -> Tensor:
-        from sere.ops.kernels import cuda
-
-        if topk_ids.dtype == torch.uint32:
-            topk_ids = topk_ids.view(torch.int32)
-        ids = topk_ids.contiguous()
-        cuda.reroute(
-            topk_weights.float().contiguous(),
-            ids,
-            self.policy.neighbours,
-            num_experts=self.policy.layer.num_experts,
-            primary_top_k=self._voting_top_k,
-            new_ids=ids,
-            roles=roles,
-            step=self.roles.step,
-            counters=self.counters,
+        return self.policy.route_and_count(
+            topk_weights, topk_ids, router_logits, roles, step=self.roles.step, counters=self.counters
         )
-        return ids
 
 
 class EngineState:
     """All MoE layers of one engine worker."""
 
     def __init__(self, settings: dict[str, Any], vllm_config: Any) -> None:
-        """Args:
-        settings: The user's `additional_config["sere"]`.
-        vllm_config: The engine's `VllmConfig`.
+        """Check the settings against the engine's, before any layer is made.
+
+        Args:
+            settings: The user's `additional_config["sere"]`.
+            vllm_config: The engine's `VllmConfig`.
 
         Raises:
-            ConfigError, SimilarityError: if the settings are wrong or the engine runs in a mode that is not supported.
+            ConfigError: if the settings are wrong or the engine runs in a mode that is not supported.
         """
         from vllm.platforms import current_platform
 
@@ -109,6 +73,7 @@ class EngineState:
 
             cuda.warm_up(torch.device("cuda", torch.cuda.current_device()))
         if POLICIES[self.config.policy].needs_similarity:
+            assert self.config.similarity is not None
             self.artifact = SimilarityArtifact.load(self.config.similarity)
         compilation, scheduler = vllm_config.compilation_config, vllm_config.scheduler_config
         speculative = vllm_config.speculative_config
@@ -138,31 +103,24 @@ class EngineState:
         """Make the policy of one `MoERunner`.
 
         Raises:
-            ConfigError, SimilarityError: if the layer cannot be re-routed, or not with this artifact.
+            ConfigError: if the layer cannot be re-routed, or not with this artifact.
         """
         index = runner.layer_id
-        router = runner.router
         refuse_router(runner)
         if index in self.layers:
             raise ConfigError(
                 f"layer {index} has two MoE blocks ({runner.layer_name}): re-routing of such models is not supported, "
                 "remove `sere` from additional_config"
             )
-        renormalize = getattr(router, "renormalize", None)
-        if renormalize is None and self.config.policy == "top_k":
-            raise ConfigError(
-                f"policy 'top_k' cannot tell whether {type(router).__name__} renormalises its weights: use another policy"
-            )
+        renormalize = getattr(runner.router, "renormalize", None)
         info = LayerInfo(
             index=index,
             # Not the router's count, which includes EPLB's redundant copies: re-routing is before that mapping.
             num_experts=runner.moe_config.num_logical_experts,
-            top_k=router.top_k,
-            renormalize=bool(renormalize),
+            top_k=runner.router.top_k,
+            renormalize=None if renormalize is None else bool(renormalize),
             device=self.device,
         )
-        if self.device.type == "cuda" and self.config.policy != "top_k":
-            refuse_sizes(info.num_experts, info.top_k, runner.layer_name)
         similarity = None
         if self.artifact is not None:
             if not self.layers:
@@ -176,6 +134,10 @@ class EngineState:
                 )
         self.layers[index] = LayerState(POLICIES[self.config.policy](self.config, info, similarity), self.roles)
         return self.layers[index]
+
+    def status(self) -> dict[str, Any]:
+        """What `assert_rerouting` asks of a worker."""
+        return {"policy": self.config.policy, "num_layers": len(self.layers)}
 
     def finish_start(self, vllm_config: Any) -> None:
         """The checks that need the whole model, and the counters. Called once, before warm-up.

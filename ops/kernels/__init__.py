@@ -1,1 +1,1 @@
-"""The fast implementations of the reference: CUDA sources and their launcher."""
+"""The fast implementations of the reference: CUDA sources and their launchers, torch operations, sorted neighbours."""

@@ -1,121 +1,21 @@
-"""The CUDA kernels of `ops/kernels`: compiled by CuPy (NVRTC), launched on torch's current stream.
+"""Launches of the CUDA kernels of `ops/kernels`, and the comparison of their results at engine start.
 
-Needs torch and CuPy only. A launch allocates nothing, waits for nothing, and reads nothing that changes from step to step
-on the host, so it can be recorded in a CUDA graph; compile and launch once before that (`warm_up`).
+A launch allocates nothing, waits for nothing, and reads nothing that changes from step to step on the host, so it can be
+recorded in a CUDA graph; compile and launch once before that (`warm_up`).
 """
-
-import functools
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from sere.conf.errors import ConfigError
+from sere.ops.kernels.compile import compiled
+from sere.ops.kernels.counting import COUNTERS
+from sere.ops.kernels.neighbours import NEIGHBOURS_PER_SEARCH, sorted_neighbours
 from sere.ops.reference import DECODE, PADDING, PREFILL, reroute_reference
 
 # Bounds of reroute.cu.
 MAX_EXPERTS, MAX_TOP_K = 1024, 32
 _MAX_THREADS, _WARP = 1024, 32
-_LANES_PER_SEARCH, _NEIGHBOURS_PER_SEARCH, _BYTES_PER_LOAD = 8, 64, 16
-_MIN_COMPUTE_CAPABILITY = (8, 0)
-COMPILE_OPTIONS = ("--std=c++17",)
-_KERNELS = Path(__file__).parent
-
-
-def install_line() -> str:
-    """What to run where CuPy or NVRTC is missing."""
-    major = (torch.version.cuda or "13").split(".")[0]
-    return f"pip install 'cupy-cuda{major}x[ctk]>=13.6,<15'"
-
-
-@functools.cache
-def compiled(source: str, kernel: str, options: tuple[str, ...], device_index: int) -> Callable[[int, tuple], None]:
-    """Compile one kernel for one device.
-
-    Returns:
-        A function of the number of threads and the kernel's arguments (tensors, None for a null pointer, integers), which
-        launches one thread block on torch's current stream.
-
-    Raises:
-        ConfigError: if CuPy or NVRTC is missing, or the device is too old.
-    """
-    capability = torch.cuda.get_device_capability(device_index)
-    if torch.version.hip is not None or capability < _MIN_COMPUTE_CAPABILITY:
-        name = torch.cuda.get_device_name(device_index)
-        raise ConfigError(
-            f"re-routing needs an NVIDIA GPU of compute capability 8.0 (Ampere) or newer, {name} has "
-            f"{'.'.join(map(str, capability))}: use another GPU, or remove `sere` from additional_config"
-        )
-    try:
-        import cupy
-        import numpy
-    except ImportError as error:
-        raise ConfigError(f"re-routing on a GPU needs CuPy, which cannot be imported ({error}): {install_line()}") from error
-
-    code = (_KERNELS / source).read_text()
-    try:
-        with cupy.cuda.Device(device_index):
-            function = cupy.RawModule(code=code, options=(*COMPILE_OPTIONS, *options)).get_function(kernel)
-            # Compiles, or takes what an earlier process compiled from CuPy's cache.
-            function.compile()
-    except Exception as error:
-        # CuPy loads NVRTC when it first compiles; its CompileException is a plain Exception.
-        raise ConfigError(
-            f"{source} could not be compiled ({type(error).__name__}: {error}). If NVRTC is missing or does not fit: "
-            f"{install_line()}"
-        ) from error
-
-    def launch(num_threads: int, arguments: tuple) -> None:
-        values = [
-            numpy.int32(value) if isinstance(value, int) else 0 if value is None else value.data_ptr() for value in arguments
-        ]
-        with cupy.cuda.Device(device_index), _cupy_stream(cupy, device_index):
-            function((1,), (num_threads,), tuple(values))
-
-    return launch
-
-
-class _TorchStream:
-    """Torch's current stream, as CuPy 14 takes it (the CUDA stream protocol)."""
-
-    def __init__(self, device_index: int) -> None:
-        self._stream = torch.cuda.current_stream(device_index)
-
-    def __cuda_stream__(self) -> tuple[int, int]:
-        return 0, self._stream.cuda_stream
-
-
-def _cupy_stream(cupy: Any, device_index: int) -> Any:
-    if hasattr(cupy.cuda.Stream, "from_external"):
-        return cupy.cuda.Stream.from_external(_TorchStream(device_index))
-    return cupy.cuda.ExternalStream(torch.cuda.current_stream(device_index).cuda_stream, device_index)
-
-
-def sorted_neighbours(similarity: Tensor, threshold: float) -> Tensor:
-    """For each expert the others that may replace it, most similar first: what turns a search over all experts into a few
-    bit tests.
-
-    Args:
-        similarity: float32 `[num_experts, num_experts]`, without NaN.
-        threshold: Least similarity that re-routes, compared as float32.
-
-    Returns:
-        int16 `[num_experts, n]` on the device of `similarity`; n is a multiple of 64. Equally similar experts are in ascending
-        order. Each row is filled up with the expert's own id.
-    """
-    num_experts = similarity.shape[0]
-    # On the CPU, where sorting is stable whatever the values; by name, as vLLM loads models under another default device.
-    values = similarity.to("cpu", copy=True)
-    too_low = values < torch.tensor(threshold, dtype=torch.float32, device="cpu")
-    values[too_low.fill_diagonal_(True)] = -torch.inf
-    ranked, order = values.sort(dim=1, descending=True, stable=True)
-    own = torch.arange(num_experts, device="cpu").unsqueeze(1)
-    order = torch.where(ranked == -torch.inf, own, order)
-    num_filled = -num_experts % _NEIGHBOURS_PER_SEARCH
-    order = torch.cat([order, own.expand(-1, num_filled)], dim=1)
-    return order.to(torch.int16).contiguous().to(similarity.device)
+_LANES_PER_SEARCH, _BYTES_PER_LOAD = 8, 16
 
 
 def _require(
@@ -171,7 +71,7 @@ def reroute(
         ("new_ids", new_ids, (topk_ids.dtype,), (num_tokens, top_k)),
         ("roles", roles, (torch.int8,), (num_tokens,)),
         ("step", step, (torch.int64,), (3,)),
-        ("counters", counters, (torch.int64,), (11,)),
+        ("counters", counters, (torch.int64,), (len(COUNTERS),)),
         ("neighbours", neighbours, (torch.int16,), (None, None)),
     ]
     for name, tensor, dtypes, shape in expected:
@@ -181,7 +81,7 @@ def reroute(
         raise ValueError(f"primary_top_k must be at least 1, got {primary_top_k}")
     if neighbours is None:
         primary_top_k = top_k
-    elif neighbours.shape[0] != num_experts or neighbours.shape[1] % _NEIGHBOURS_PER_SEARCH != 0:
+    elif neighbours.shape[0] != num_experts or neighbours.shape[1] % NEIGHBOURS_PER_SEARCH != 0:
         raise ValueError(f"neighbours must be those of {num_experts} experts, got {list(neighbours.shape)}")
     elif neighbours.data_ptr() % _BYTES_PER_LOAD != 0:
         raise ValueError(
@@ -268,8 +168,16 @@ def _agrees_with_reference(device: torch.device) -> bool:
     right = torch.equal(roles.cpu(), expected_roles)
     for dtype in (torch.int32, torch.int64):
         new_ids = ids.to(device, dtype)
-        arguments = dict(num_experts=num_experts, primary_top_k=2, new_ids=new_ids, roles=roles, step=step)
-        reroute(weights.to(device), new_ids, neighbours, **arguments)
+        reroute(
+            weights.to(device),
+            new_ids,
+            neighbours,
+            num_experts=num_experts,
+            primary_top_k=2,
+            new_ids=new_ids,
+            roles=roles,
+            step=step,
+        )
         expected = reroute_reference(weights, ids, similarity, primary_top_k=2, threshold=0.5, roles=expected_roles)
         right &= torch.equal(new_ids.cpu().long(), expected)
     return right

@@ -1,6 +1,6 @@
 // Similarity-based expert re-routing of one step of one MoE layer: one launch of one thread block.
 //
-// What it computes is written down in ops/reference.py (SERE, arXiv 2602.07616, section 3); ops/cuda.py launches it.
+// What it computes is written down in ops/reference.py (SERE, arXiv 2602.07616, section 3); cuda.py launches it.
 // Everything that changes from step to step is read from device memory, so a CUDA graph that holds this launch replays
 // correctly. Compiled once with -DTOPK_INT64, for ids of 64 bits, and once without.
 //
@@ -28,7 +28,7 @@ constexpr unsigned PRIMARY = 1, SECONDARY = 2, AFTERWARDS = 4;
 // A replacement is an expert id, with this bit if the expert stays although no row voted for it.
 constexpr unsigned short CRITICAL = 0x8000;
 
-// ops/stats.py, COUNTERS
+// counting.py, COUNTERS
 enum Counter {
     STEPS, REROUTING_STEPS, DECODE_ROWS, DECODE_SLOTS, REROUTED_SLOTS, CRITICAL_SLOTS, ACTIVE_BEFORE, ACTIVE_AFTER,
     MIXED_STEPS, MIXED_ACTIVE_BEFORE, MIXED_ACTIVE_AFTER

@@ -1,6 +1,7 @@
 // The roles of a step's rows, from the first row of each sequence: one launch of one thread block per step.
 //
-// What it computes is ops/token_roles.py, `TokenRoles.fill`, which is also what launches it. blockDim.x is a multiple of 32.
+// What it computes is ops/engine/roles.py, `TokenRoles.fill`, which also launches it, through cuda.py. blockDim.x is a
+// multiple of 32.
 
 namespace {
 

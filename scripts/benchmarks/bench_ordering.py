@@ -59,7 +59,8 @@ class Engine:
 
     def counters(self) -> NDArray:
         """int64 `[num_layers, len(COUNTERS)]` so far."""
-        from sere.ops.engine.counters import COUNTERS, read_counters
+        from sere.ops.engine.counters import read_counters
+        from sere.ops.kernels.counting import COUNTERS
 
         return np.array([[layer.counts[name] for name in COUNTERS] for layer in read_counters(self.stats_dir)])
 
@@ -127,7 +128,7 @@ def run(engine: Engine, rows: list[dict[str, str]], order: list[int], *, batch: 
     Raises:
         SystemExit: if the counters do not hold the tokens decoded.
     """
-    from sere.ops.engine.counters import COUNTERS
+    from sere.ops.kernels.counting import COUNTERS
 
     column = {name: number for number, name in enumerate(COUNTERS)}
     size = len(order) if continuous else batch

@@ -19,8 +19,8 @@ import torch
 from benchmark import environment, positive, report, report_path, spread, summary
 from torch import Tensor
 
-from sere.ops.engine.counters import COUNTERS, count_step
-from sere.ops.op import reroute_topk
+from sere.ops import reroute_topk
+from sere.ops.kernels.counting import COUNTERS, count_step
 from sere.ops.reference import DECODE, reroute_reference
 
 NUM_LAYERS = 48
@@ -71,12 +71,12 @@ def empty_kernel(device: torch.device) -> Callable[[], None]:
     """Launches of a kernel that does nothing, through the same code as the real one's."""
     import cupy
 
-    from sere.ops.kernels.cuda import _cupy_stream
+    from sere.ops.kernels.compile import cupy_stream
 
     function = cupy.RawModule(code='extern "C" __global__ void empty() {}').get_function("empty")
 
     def launch() -> None:
-        with _cupy_stream(cupy, device.index):
+        with cupy_stream(cupy, device.index):
             for _ in range(NUM_LAYERS):
                 function((1,), (32,), ())
 
@@ -88,11 +88,12 @@ def bench_shape(
 ) -> dict[str, Any]:
     """The kernel, the kernel with counters, and the recipe, on the same inputs."""
     from sere.ops.kernels import cuda
+    from sere.ops.kernels.neighbours import sorted_neighbours
 
     generator = torch.Generator().manual_seed(num_tokens)
     layers = [draw(num_tokens, num_experts, top_k, generator) for _ in range(NUM_LAYERS)]
     weights, ids, similarity = ([tensor.to(device) for tensor in kind] for kind in zip(*layers, strict=True))
-    neighbours = [cuda.sorted_neighbours(matrix, THRESHOLD) for matrix in similarity]
+    neighbours = [sorted_neighbours(matrix, THRESHOLD) for matrix in similarity]
     new_ids = [torch.empty_like(tensor) for tensor in ids]
     recipe_ids: list[Tensor | None] = [None] * NUM_LAYERS
     roles = torch.full((num_tokens,), DECODE, dtype=torch.int8, device=device)
@@ -273,7 +274,7 @@ def main() -> None:
     if args.top_k > args.experts:
         parser.error(f"--top-k: at most --experts, {args.experts}, got {args.top_k}")
     if args.device == "cuda":
-        from sere.ops.kernels.cuda import install_line
+        from sere.ops.kernels.compile import install_line
 
         try:
             import cupy

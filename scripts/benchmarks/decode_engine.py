@@ -138,11 +138,10 @@ class Bench:
             runner.router._compute_routing = _follow(routing, runner)
             primary_top_k = int(variant.removeprefix("S=").split()[0])
             layer.policy = self.policy(layer, primary_top_k)
-            layer._voting_top_k = primary_top_k
             layer.counters = self.counter(variant)[number] if variant.endswith("counted") else None
 
     def policy(self, layer: Any, primary_top_k: int) -> Any:
-        from sere.ops.policies.base import RandomPolicy
+        from sere.ops.policies.random import RandomPolicy
 
         info = layer.policy.layer
         key = (info.index, primary_top_k)
@@ -152,7 +151,7 @@ class Bench:
         return self.policies[key]
 
     def counter(self, variant: str) -> torch.Tensor:
-        from sere.ops.engine.counters import COUNTERS
+        from sere.ops.kernels.counting import COUNTERS
 
         if variant not in self.counters:
             self.counters[variant] = torch.zeros(len(self.moe), len(COUNTERS), dtype=torch.int64, device=self.device)
@@ -236,7 +235,7 @@ class Bench:
 
     def active_experts(self, variant: str, batch: int) -> tuple[float, float]:
         """Active experts per layer and step, before and after re-routing."""
-        from sere.ops.engine.counters import COUNTERS
+        from sere.ops.kernels.counting import COUNTERS
 
         counters = self.counter(variant)
         counters.zero_()

@@ -8,10 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from sere.ops.engine.counters import COUNTERS, count_step
+from sere.ops import reroute_topk
 from sere.ops.engine.roles import TokenRoles
 from sere.ops.kernels import cuda
-from sere.ops.op import reroute_topk
+from sere.ops.kernels.counting import COUNTERS, count_step
+from sere.ops.kernels.neighbours import sorted_neighbours
 from sere.ops.reference import DECODE, PADDING, reroute_reference
 from tests.ops.kernels.kernel_checks import batches, check_reroute, check_token_roles, modes
 from tests.ops.strategies import Step, steps
@@ -62,7 +63,7 @@ class Captured:
     def __init__(self, device, *, num_rows, num_experts, top_k, dtype, num_layers=3, min_tokens=4, max_tokens=1024):
         generator = torch.Generator().manual_seed(num_rows)
         self.similarity = [torch.rand(num_experts, num_experts, generator=generator) for _ in range(num_layers)]
-        self.neighbours = [cuda.sorted_neighbours(matrix, 0.5).to(device) for matrix in self.similarity]
+        self.neighbours = [sorted_neighbours(matrix, 0.5).to(device) for matrix in self.similarity]
         self.roles = TokenRoles(
             capacity=num_rows + 16, device=device, decode_length=1, phase="decode", min_tokens=min_tokens, max_tokens=max_tokens
         )
@@ -153,7 +154,7 @@ def test_two_streams(device):
     """Each launch follows the stream that is torch's current one, and two streams do not disturb each other."""
     generator = torch.Generator().manual_seed(3)
     similarity = torch.rand(128, 128, generator=generator)
-    neighbours = cuda.sorted_neighbours(similarity, 0.5).to(device)
+    neighbours = sorted_neighbours(similarity, 0.5).to(device)
     cuda.warm_up(device)
     streams = [torch.cuda.Stream(device) for _ in range(2)]
     work = []

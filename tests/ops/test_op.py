@@ -4,7 +4,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from sere.ops.op import primary_experts, reroute_topk, voting_slots
+from sere.ops import reroute_topk
+from sere.ops.kernels.votes import primary_experts, voting_slots
 from sere.ops.reference import reroute_reference
 from tests.ops.strategies import Step, steps
 

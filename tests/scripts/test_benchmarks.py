@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from sere.ops.kernels import cuda
+from sere.ops.kernels import compile, cuda
 from tests.conftest import ROOT
 from tests.ops.kernels.shim import SANITIZERS, cuda_on_cpu, needs_compiler
 
@@ -57,7 +57,7 @@ def test_wrong_arguments(script, capsys, monkeypatch):
     script("bench_reroute", "--device", "cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setitem(sys.modules, "cupy", None)
-    assert cuda.install_line() in refused(capsys, bench.main)
+    assert compile.install_line() in refused(capsys, bench.main)
 
 
 def test_reroute_on_the_cpu(script, tmp_path):

@@ -1,8 +1,8 @@
-"""Real vLLM engines for tests, and prompts whose answers the demo model knows."""
+"""Real vLLM engines for tests, started as rarely as can be, and prompts whose answers the demo model knows."""
 
 import gc
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from tests.conftest import DEMO_MODEL
@@ -16,9 +16,48 @@ PROMPTS = [f"{task} {question}=" for task, question in [
 ]]  # fmt: skip
 
 
+_kept: tuple[dict[str, Any], ExitStack, Any] | None = None
+"""The arguments of the engine that lives, what ends it, and the engine: vLLM has one at a time in a process."""
+
+
 @contextmanager
-def engine(sere: dict[str, Any] | None = None, **arguments: Any) -> Iterator[Any]:
-    """An `LLM` of the demo model in this process, shut down at the end."""
+def engine(sere: dict[str, Any] | None = None, *, fresh: bool = False, **arguments: Any) -> Iterator[Any]:
+    """An `LLM` of the demo model in this process. Starts take seconds, so it is kept, and given the settings of the next test
+    that asks for one of the same arguments, in the way the plugin does it at the start.
+
+    Args:
+        sere: The plugin's section of `additional_config`; None: no such section.
+        fresh: Start one for this use alone.
+        arguments: Of `LLM`, beside those that all tests share.
+    """
+    global _kept
+    kind = {**arguments, "has_section": sere is not None}
+    if fresh or _kept is None or _kept[0] != kind:
+        end_engine()
+        stack = ExitStack()
+        _kept = kind, stack, stack.enter_context(_started(sere, arguments))
+    elif sere is not None:
+        apply_settings(_kept[2], sere)
+    try:
+        yield _kept[2]
+    except BaseException:
+        fresh = True
+        raise
+    finally:
+        if fresh:
+            end_engine()
+
+
+def end_engine() -> None:
+    """End the engine that is kept, if there is one."""
+    global _kept
+    if _kept is not None:
+        stack, _kept = _kept[1], None
+        stack.close()
+
+
+@contextmanager
+def _started(sere: dict[str, Any] | None, arguments: dict[str, Any]) -> Iterator[Any]:
     from vllm import LLM
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
@@ -43,6 +82,22 @@ def engine(sere: dict[str, Any] | None = None, **arguments: Any) -> Iterator[Any
         del llm
         gc.collect()
         cleanup_dist_env_and_memory()
+
+
+def apply_settings(llm: Any, sere: dict[str, Any]) -> None:
+    """Make the policies of a running engine anew.
+
+    Raises:
+        ConfigError: as the engine's start would.
+    """
+    from sere.ops.engine.state import ENGINE_STATES, EngineState
+
+    vllm_config = core(llm).vllm_config
+    state = EngineState(sere, vllm_config)
+    for runner in moe_layers(llm).values():
+        object.__setattr__(runner, "sere_layer", state.add_layer(runner))
+    state.finish_start(vllm_config)
+    ENGINE_STATES[id(vllm_config.compilation_config.static_forward_context)] = state
 
 
 def greedy(max_tokens: int = 24, **arguments: Any) -> Any:

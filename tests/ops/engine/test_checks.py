@@ -16,9 +16,10 @@ from sere.conf.schema import RerouteConfig
 from sere.ops.engine.checks import refuse_engine_modes, refuse_router
 from sere.ops.engine.plugin import register
 from sere.ops.engine.state import ENGINE_STATES
+from sere.ops.kernels.compile import compiled
 from sere.ops.similarity import SimilarityArtifact
 from tests.conftest import DEMO_MODEL
-from tests.ops.engine.engines import engine
+from tests.ops.engine.engines import end_engine, engine
 
 
 def changed_artifact(path, source, *, manifest=None, drop_layer=None):
@@ -32,18 +33,26 @@ def changed_artifact(path, source, *, manifest=None, drop_layer=None):
 
 
 def start(settings, message, **arguments):
+    """What the plugin does when an engine starts; with arguments, or if none runs, that is a start."""
     with pytest.raises(ConfigError, match=message), engine(settings, **arguments):
         pass
 
 
-def test_settings(demo_artifact):
+@pytest.fixture
+def running():
+    """An engine to try settings on: starts cost seconds."""
+    with engine({"policy": "none"}):
+        pass
+
+
+def test_settings(running, demo_artifact):
     start({"policy": "sere"}, "needs similarity")
     start({"policy": "random", "primary_top_k": 9}, r"between 1 and the model's top_k \(8\), got 9")
     start({"policy": "random", "threshhold": 0.5}, "unknown key 'threshhold'.*did you mean 'threshold'")
     start({"policy": "sere", "similarity": str(demo_artifact), "metric": "cka"}, "no metric 'cka': it has cosine")
 
 
-def test_artifacts(demo_artifact, tmp_path):
+def test_artifacts(running, demo_artifact, tmp_path):
     start({"similarity": str(tmp_path / "none")}, "no similarity artifact at")
     missing = changed_artifact(tmp_path / "missing", demo_artifact, drop_layer=2)
     start({"similarity": str(missing)}, r"no matrix for layer 2: it has \[0, 1, 3\]")
@@ -59,31 +68,25 @@ def test_artifacts(demo_artifact, tmp_path):
     start({"similarity": str(tmp_path / "identity")}, "layer 1 is the identity")
 
 
-def test_other_weights_are_allowed_on_request(demo_artifact, tmp_path):
+def test_other_weights_are_allowed_on_request(running, demo_artifact, tmp_path):
     other = changed_artifact(tmp_path / "other", demo_artifact, manifest={"model": {"name": "another", "digest": "0" * 64}})
     with engine({"similarity": str(other), "check_model": False}):
         pass
 
 
-def test_reason_is_left_for_other_processes(tmp_path):
-    start({"policy": "random", "primary_top_k": 9, "stats_dir": str(tmp_path)}, "got 9")
-    assert ["got 9" in file.read_text() for file in tmp_path.glob("*.refused")] == [True]
-
-
-def test_batch_invariant_mode(monkeypatch):
-    """vLLM's CPU platform refuses the mode before any layer is made; on a GPU this check is the one that speaks."""
-    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
-    with pytest.raises(ConfigError, match="unset VLLM_BATCH_INVARIANT"):
-        refuse_engine_modes(fake_config(), RerouteConfig(policy="random"), torch.device("cpu"))
-
-
-def test_monolithic_backend(monkeypatch):
+def test_monolithic_backend(running, monkeypatch):
     """No CPU backend for unquantised experts is out of reach any more, so what the checks ask of vLLM is set."""
     from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 
     monkeypatch.setattr(MoERunner, "is_monolithic", property(lambda self: True))
     monkeypatch.setattr("sere.ops.engine.checks.self_selecting_experts", lambda runner: None)
     start({"policy": "random"}, r"routes inside its kernel.*moe_backend='triton'.*vLLM 0\.30")
+
+
+def test_reason_is_left_for_other_processes(tmp_path):
+    start({"policy": "random", "primary_top_k": 9, "stats_dir": str(tmp_path)}, "got 9", fresh=True)
+    assert not ENGINE_STATES
+    assert ["got 9" in file.read_text() for file in tmp_path.glob("*.refused")] == [True]
 
 
 def test_model_without_moe_layers(tmp_path):
@@ -107,6 +110,15 @@ def fake_config(fast_prefill=False, **parallel):
         parallel_config=SimpleNamespace(**{**defaults, **parallel}),
         cache_config=SimpleNamespace(kv_sharing_fast_prefill=fast_prefill),
     )
+
+
+def test_batch_invariant_mode(monkeypatch):
+    """vLLM's CPU platform refuses the mode before any layer is made; on a GPU this check is the one that speaks."""
+    # While an engine runs vLLM goes by the environment of its start.
+    end_engine()
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    with pytest.raises(ConfigError, match="unset VLLM_BATCH_INVARIANT"):
+        refuse_engine_modes(fake_config(), RerouteConfig(policy="random"), torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
@@ -207,10 +219,8 @@ def test_device_without_a_kernel():
 
 def test_gpu_without_cupy(monkeypatch):
     """The error a GPU engine starts with where CuPy is missing, or NVRTC is."""
-    from sere.ops.kernels import cuda
-
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    compile_fresh = cuda.compiled.__wrapped__
+    compile_fresh = compiled.__wrapped__
     monkeypatch.setitem(sys.modules, "cupy", None)
     with pytest.raises(ConfigError, match=r"needs CuPy.*pip install 'cupy-cuda13x\[ctk\]"):
         compile_fresh("reroute.cu", "sere_reroute", (), 0)

@@ -4,9 +4,11 @@ name both. On the CPU the device `meta`, on which nothing can be read, stands in
 import torch
 
 from sere.conf.schema import RerouteConfig
-from sere.ops.engine.counters import COUNTERS, CounterFile
+from sere.ops.engine.counters import CounterFile
 from sere.ops.engine.roles import TokenRoles
-from sere.ops.policies.base import POLICIES, LayerInfo
+from sere.ops.kernels.counting import COUNTERS
+from sere.ops.policies import POLICIES
+from sere.ops.policies.base import LayerInfo
 from sere.ops.similarity import SimilarityArtifact
 
 CPU = torch.device("cpu")

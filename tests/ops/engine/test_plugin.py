@@ -9,104 +9,74 @@ import textwrap
 import pytest
 import torch
 
+from sere.ops.engine import assert_rerouting
 from sere.ops.engine.counters import read_counters
 from sere.ops.engine.state import ENGINE_STATES
-from sere.ops.kernels import cuda
-from sere.ops.reference import DECODE, PADDING, PREFILL, reroute_reference
+from sere.ops.kernels.neighbours import neighbours_of
+from sere.ops.reference import DECODE, PADDING, PREFILL
 from tests.ops.engine.engines import PROMPTS, core, engine, greedy, moe_layers, tokens
+from tests.ops.engine.recording import Recording, check_against_reference
 from tests.ops.kernels.shim import SANITIZERS, cuda_on_cpu, needs_compiler
 
 SERE = {"policy": "sere", "metric": "cosine", "primary_top_k": 1, "threshold": 0.5}
 
 
 @pytest.fixture(scope="module")
-def unpatched(tmp_path_factory) -> list[list[int]]:
-    """Greedy tokens of vLLM that never heard of the plugin, from a process of its own."""
+def without_plugin(tmp_path_factory) -> dict:
+    """A process of vLLM that never heard of the plugin, but is asked to re-route: its greedy tokens, and the error for that."""
     code = """
         import json, sys
+        from sere.ops.engine import assert_rerouting
         from tests.ops.engine.engines import PROMPTS, engine, greedy, tokens
         from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
-        with engine() as llm:
+        with engine({"policy": "random"}, fresh=True) as llm:
             assert not hasattr(MoERunner.__init__, "sere_original")
-            json.dump(tokens(llm.generate(PROMPTS, greedy(), use_tqdm=False)), open(sys.argv[1], "w"))
+            found = {"tokens": tokens(llm.generate(PROMPTS, greedy(), use_tqdm=False))}
+            try:
+                assert_rerouting(llm)
+            except RuntimeError as error:
+                found["error"] = str(error)
+            json.dump(found, open(sys.argv[1], "w"))
     """
-    file = tmp_path_factory.mktemp("unpatched") / "tokens.json"
+    file = tmp_path_factory.mktemp("unpatched") / "found.json"
     environment = {**os.environ, "VLLM_PLUGINS": "", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     subprocess.run([sys.executable, "-c", textwrap.dedent(code), str(file)], env=environment, check=True)
     return json.loads(file.read_text())
 
 
-class Recording:
-    """What the layers of an engine saw and did, step by step and layer by layer."""
-
-    def __init__(self, llm, *, experts: bool) -> None:
-        self.steps = []
-        self.at_experts = []
-        for index, runner in moe_layers(llm).items():
-            self._record_route(index, runner.sere_layer)
-            if experts:
-                self._record_experts(index, runner.routed_experts)
-
-    def _record_route(self, index, layer) -> None:
-        original = layer.route
-
-        def route(topk_weights, topk_ids, router_logits):
-            roles = layer.roles.roles[: topk_ids.shape[0]].clone()
-            before = topk_weights.clone(), topk_ids.clone()
-            after = original(topk_weights, topk_ids, router_logits)
-            self.steps.append((index, *before, roles, after[0].clone(), after[1].clone()))
-            return after
-
-        layer.route = route
-
-    def _record_experts(self, index, routed_experts) -> None:
-        experts = routed_experts.quant_method.moe_kernel.fused_experts
-        if routed_experts.quant_method.is_monolithic:
-            # vLLM's CPU backend before 0.30: the ids go straight to the kernel.
-            apply, module = experts.apply, sys.modules[type(experts).__module__]
-            kernel = getattr(module.cpu_fused_moe, "original", module.cpu_fused_moe)
-
-            def recorded(*args, **kwargs):
-                self.at_experts.append((index, args[6].clone()))
-                return kernel(*args, **kwargs)
-
-            recorded.original = kernel
-
-            def apply_recorded(*args, **kwargs):
-                module.cpu_fused_moe = recorded
-                return apply(*args, **kwargs)
-
-            experts.apply = apply_recorded
-            return
-        original = routed_experts.forward_modular
-
-        def forward_modular(*args, **kwargs):
-            self.at_experts.append((index, kwargs["topk_ids"].clone()))
-            return original(*args, **kwargs)
-
-        routed_experts.forward_modular = forward_modular
-
-
-def check_against_reference(recording, artifact, *, primary_top_k, threshold) -> int:
-    """Every recorded step is the reference's; returns the number of slots re-routed."""
-    from sere.ops.similarity import SimilarityArtifact
-
-    matrices = SimilarityArtifact.load(artifact)
-    rerouted = 0
-    for index, weights, ids, roles, new_weights, new_ids in recording.steps:
-        similarity = matrices.matrix(index, "cosine")
-        expected = reroute_reference(weights, ids, similarity, primary_top_k=primary_top_k, threshold=threshold, roles=roles)
-        assert torch.equal(new_ids, expected)
-        assert torch.equal(new_weights, weights)
-        assert torch.equal(new_ids[roles != DECODE], ids[roles != DECODE])
-        rerouted += int((new_ids != ids).sum())
-    return rerouted
+@pytest.fixture(scope="module")
+def unpatched(without_plugin) -> list[list[int]]:
+    return without_plugin["tokens"]
 
 
 def test_absent_settings_change_nothing(unpatched):
     with engine() as llm:
         assert tokens(llm.generate(PROMPTS, greedy(), use_tqdm=False)) == unpatched
+        with pytest.raises(RuntimeError, match="without a `sere` section: pass additional_config"):
+            assert_rerouting(llm)
         assert not any(hasattr(runner, "sere_layer") for runner in moe_layers(llm).values())
+
+
+def test_an_engine_without_the_plugin_is_told(without_plugin):
+    assert "did not load the vLLM plugin sere: unset VLLM_PLUGINS or name sere in it" in without_plugin["error"]
+
+
+def prompt_logprobs(llm, prompts):
+    outputs = llm.generate(prompts, greedy(prompt_logprobs=0), use_tqdm=False)
+    return [[next(iter(place.values())).logprob for place in output.prompt_logprobs if place is not None] for output in outputs]
+
+
+def test_prompts_are_untouched(demo_artifact):
+    """The prompts' log-probabilities are the same with and without re-routing, bit for bit where no decode row shares the
+    step, and up to rounding where one does (other rows' experts change the shapes of the matrix products)."""
+    with engine() as llm:
+        alone, mixed = prompt_logprobs(llm, PROMPTS[:16]), prompt_logprobs(llm, PROMPTS)
+    with engine({**SERE, "threshold": 0.0, "similarity": str(demo_artifact)}) as llm:
+        assert prompt_logprobs(llm, PROMPTS[:16]) == alone
+        for actual, expected in zip(prompt_logprobs(llm, PROMPTS), mixed, strict=True):
+            assert actual == pytest.approx(expected, abs=1e-4)
+    with engine({**SERE, "threshold": 0.0, "similarity": str(demo_artifact), "phase": "all"}) as llm:
+        assert prompt_logprobs(llm, PROMPTS[:16]) != alone, "phase all does touch prompts"
 
 
 @pytest.mark.parametrize(
@@ -126,11 +96,13 @@ def test_neutral_settings_give_the_output_of_unpatched_vllm(unpatched, demo_arti
         assert layer.counts["active_experts_before"] == layer.counts["active_experts_after"] > 0
 
 
-def test_ids_at_the_experts_are_the_references(unpatched, demo_artifact, tmp_path):
+def test_ids_at_the_experts_are_the_references(unpatched, demo_artifact, tmp_path, monkeypatch):
     """Twenty prompts through sixteen places: prefill steps, decode steps and steps with both."""
     settings = {**SERE, "similarity": str(demo_artifact), "stats_dir": str(tmp_path)}
     with engine(settings) as llm:
-        recording = Recording(llm, experts=True)
+        assert_rerouting(llm)
+        assert_rerouting(llm.llm_engine)
+        recording = Recording(llm, monkeypatch, experts=True)
         outputs = tokens(llm.generate(PROMPTS, greedy(), use_tqdm=False))
     rerouted = check_against_reference(recording, demo_artifact, primary_top_k=1, threshold=0.5)
     assert rerouted > 100
@@ -161,38 +133,15 @@ def test_the_cuda_kernel_in_an_engine(demo_artifact, policy, tmp_path):
         settings = {**SERE, "policy": policy, "similarity": str(demo_artifact), "stats_dir": str(folder)}
         with cuda_on_cpu(*SANITIZERS) as shims, engine(settings) as llm:
             for runner in moe_layers(llm).values():
-                layer = runner.sere_layer
-                layer.uses_kernel = kernel
+                made = runner.sere_layer.policy
+                made.uses_kernel = kernel
                 if kernel and policy != "none":
-                    layer.policy.neighbours = cuda.sorted_neighbours(layer.policy.similarity, layer.policy.threshold)
+                    made.neighbours = neighbours_of(made.similarity, made.threshold)
             outputs = tokens(llm.generate(PROMPTS, greedy(), use_tqdm=False))
             assert (sum(shim.num_launches for shim in shims) > 100) == kernel
         results.append((outputs, read_counters(folder)))
     assert results[0] == results[1]
     assert results[0][1][0].counts["steps"] > 20
-
-
-def test_a_step_without_roles_is_an_error(monkeypatch):
-    """As if a model runner had a way to run a step that the plugin does not see."""
-    with engine({"policy": "random"}) as llm:
-        state = ENGINE_STATES[id(core(llm).vllm_config.compilation_config.static_forward_context)]
-        monkeypatch.setattr(state, "begin_step", lambda attn_metadata: None)
-        with pytest.raises(RuntimeError, match=r"nothing was re-routed.*VLLM_USE_V2_MODEL_RUNNER=0"):
-            llm.generate(PROMPTS[:1], greedy(), use_tqdm=False)
-        state.query_start_loc = torch.tensor([0, 1, 2, 3, 4, 9], dtype=torch.int32)
-        state.begin_replay()
-        roles = [DECODE] * 4 + [PREFILL] * 5 + [PADDING]
-        assert state.roles.roles[:10].tolist() == roles
-
-        # A forward context made while a graph is being captured must not record the capture's roles in it.
-        monkeypatch.undo()
-        monkeypatch.setattr(state, "device", torch.device("cuda"))
-        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-        state.begin_step(None)
-        assert state.roles.roles[:10].tolist() == roles
-        # A draft model's graph must not be replayed with the roles of the model's step.
-        state.begin_draft_replay()
-        assert not state.roles.roles.any() and not state.roles.step.any()
 
 
 def test_nothing_to_do_costs_nothing(monkeypatch):
@@ -204,47 +153,22 @@ def test_nothing_to_do_costs_nothing(monkeypatch):
         llm.generate(PROMPTS[:4], greedy(), use_tqdm=False)
 
 
-@pytest.mark.parametrize("policy", ["none", "sere"])
-def test_compiled_engine(unpatched, demo_artifact, policy):
-    """torch.compile traces through the router on the CPU: the op must survive it and see every step."""
-    settings = {**SERE, "policy": policy, "similarity": str(demo_artifact)}
-    with engine(settings, enforce_eager=False) as llm:
-        recording = Recording(llm, experts=False)
-        outputs = tokens(llm.generate(PROMPTS, greedy(), use_tqdm=False))
-    assert {step[0] for step in recording.steps} == {0, 1, 2, 3}
-    if policy == "none":
-        agree = sum(a == b for a, b in zip(outputs, unpatched, strict=True))
-        # Compiled kernels round differently from eager ones, so a near tie may fall the other way.
-        assert agree >= len(PROMPTS) - 1
-    else:
-        assert check_against_reference(recording, demo_artifact, primary_top_k=1, threshold=0.5) > 100
-        assert outputs != unpatched
-
-
-def prompt_logprobs(llm, prompts):
-    outputs = llm.generate(prompts, greedy(prompt_logprobs=0), use_tqdm=False)
-    return [[next(iter(place.values())).logprob for place in output.prompt_logprobs if place is not None] for output in outputs]
-
-
-def test_prompts_are_untouched(demo_artifact):
-    """The prompts' log-probabilities are the same with and without re-routing, bit for bit where no decode row shares the
-    step, and up to rounding where one does (other rows' experts change the shapes of the matrix products)."""
-    with engine() as llm:
-        alone, mixed = prompt_logprobs(llm, PROMPTS[:16]), prompt_logprobs(llm, PROMPTS)
-    with engine({**SERE, "threshold": 0.0, "similarity": str(demo_artifact)}) as llm:
-        assert prompt_logprobs(llm, PROMPTS[:16]) == alone
-        for actual, expected in zip(prompt_logprobs(llm, PROMPTS), mixed, strict=True):
-            assert actual == pytest.approx(expected, abs=1e-4)
-    with engine({**SERE, "threshold": 0.0, "similarity": str(demo_artifact), "phase": "all"}) as llm:
-        assert prompt_logprobs(llm, PROMPTS[:16]) != alone, "phase all does touch prompts"
+def test_random_and_top_k_run_and_save_experts(tmp_path):
+    for policy in ("random", "top_k"):
+        folder = tmp_path / policy
+        with engine({"policy": policy, "primary_top_k": 2, "stats_dir": str(folder)}) as llm:
+            llm.generate(PROMPTS, greedy(), use_tqdm=False)
+        for layer in read_counters(folder):
+            assert 0 < layer.counts["active_experts_after"] < layer.counts["active_experts_before"]
+            assert layer.counts["critical_slots"] == 0
 
 
 @pytest.mark.parametrize(("min_tokens", "max_tokens"), [(1, 1024), (6, 1024), (1, 12)])
-def test_mixed_batches_follow_the_roles(demo_artifact, min_tokens, max_tokens):
+def test_mixed_batches_follow_the_roles(demo_artifact, min_tokens, max_tokens, monkeypatch):
     """Chunked prefill beside decode: each step's roles are those that the scheduler's plan implies."""
     settings = {**SERE, "similarity": str(demo_artifact), "min_tokens": min_tokens, "max_tokens": max_tokens}
     with engine(settings, max_num_batched_tokens=24, max_num_seqs=8, max_model_len=128) as llm:
-        recording = Recording(llm, experts=True)
+        recording = Recording(llm, monkeypatch, experts=True)
         scheduler = core(llm).scheduler
         plans, schedule = [], scheduler.schedule
 
@@ -253,7 +177,7 @@ def test_mixed_batches_follow_the_roles(demo_artifact, min_tokens, max_tokens):
             plans.append(dict(output.num_scheduled_tokens))
             return output
 
-        scheduler.schedule = planned
+        monkeypatch.setattr(scheduler, "schedule", planned)
         long_prompts = [f"{prompt}{'x' * (7 * (i % 5))}" for i, prompt in enumerate(PROMPTS)]
         llm.generate(long_prompts, greedy(max_tokens=10), use_tqdm=False)
 
@@ -272,11 +196,41 @@ def test_mixed_batches_follow_the_roles(demo_artifact, min_tokens, max_tokens):
     check_against_reference(recording, demo_artifact, primary_top_k=1, threshold=0.5)
 
 
-def test_random_and_top_k_run_and_save_experts(tmp_path):
-    for policy in ("random", "top_k"):
-        folder = tmp_path / policy
-        with engine({"policy": policy, "primary_top_k": 2, "stats_dir": str(folder)}) as llm:
-            llm.generate(PROMPTS, greedy(), use_tqdm=False)
-        for layer in read_counters(folder):
-            assert 0 < layer.counts["active_experts_after"] < layer.counts["active_experts_before"]
-            assert layer.counts["critical_slots"] == 0
+@pytest.mark.parametrize("policy", ["none", "sere"])
+def test_compiled_engine(unpatched, demo_artifact, policy, monkeypatch):
+    """torch.compile traces through the router on the CPU: the op must survive it and see every step."""
+    settings = {**SERE, "policy": policy, "similarity": str(demo_artifact)}
+    with engine(settings, enforce_eager=False) as llm:
+        recording = Recording(llm, monkeypatch, experts=False)
+        outputs = tokens(llm.generate(PROMPTS, greedy(), use_tqdm=False))
+    assert {step[0] for step in recording.steps} == {0, 1, 2, 3}
+    if policy == "none":
+        agree = sum(a == b for a, b in zip(outputs, unpatched, strict=True))
+        # Compiled kernels round differently from eager ones, so a near tie may fall the other way.
+        assert agree >= len(PROMPTS) - 1
+    else:
+        assert check_against_reference(recording, demo_artifact, primary_top_k=1, threshold=0.5) > 100
+        assert outputs != unpatched
+
+
+def test_a_step_without_roles_is_an_error(monkeypatch):
+    """As if a model runner had a way to run a step that the plugin does not see."""
+    with engine({"policy": "random"}, fresh=True) as llm:
+        state = ENGINE_STATES[id(core(llm).vllm_config.compilation_config.static_forward_context)]
+        monkeypatch.setattr(state, "begin_step", lambda attn_metadata: None)
+        with pytest.raises(RuntimeError, match=r"nothing was re-routed.*VLLM_USE_V2_MODEL_RUNNER=0"):
+            llm.generate(PROMPTS[:1], greedy(), use_tqdm=False)
+        state.query_start_loc = torch.tensor([0, 1, 2, 3, 4, 9], dtype=torch.int32)
+        state.begin_replay()
+        roles = [DECODE] * 4 + [PREFILL] * 5 + [PADDING]
+        assert state.roles.roles[:10].tolist() == roles
+
+        # A forward context made while a graph is being captured must not record the capture's roles in it.
+        monkeypatch.undo()
+        monkeypatch.setattr(state, "device", torch.device("cuda"))
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        state.begin_step(None)
+        assert state.roles.roles[:10].tolist() == roles
+        # A draft model's graph must not be replayed with the roles of the model's step.
+        state.begin_draft_replay()
+        assert not state.roles.roles.any() and not state.roles.step.any()

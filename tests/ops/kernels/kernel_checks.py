@@ -3,9 +3,10 @@
 import torch
 from hypothesis import strategies as st
 
-from sere.ops.engine.counters import COUNTERS, count_step
 from sere.ops.engine.roles import TokenRoles
 from sere.ops.kernels import cuda
+from sere.ops.kernels.counting import COUNTERS, count_step
+from sere.ops.kernels.neighbours import sorted_neighbours
 from sere.ops.reference import DECODE, PADDING, PREFILL, reroute_reference
 from tests.ops.strategies import Step
 
@@ -57,7 +58,7 @@ def check_reroute(step: Step, mode: dict[str, bool], device: torch.device) -> No
 
     weights, ids = step.topk_weights.to(device, copy=True), step.topk_ids.to(device, copy=True)
     new_ids = ids if mode["in_place"] else torch.full_like(ids, SENTINEL)
-    neighbours = cuda.sorted_neighbours(step.similarity, step.threshold).to(device)
+    neighbours = sorted_neighbours(step.similarity, step.threshold).to(device)
     counters = (torch.arange(len(COUNTERS)) * 1000).to(device)
     cuda.reroute(
         weights,

@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 
-from sere.ops.kernels import cuda
+from sere.ops.kernels.compile import COMPILE_OPTIONS
 from tests.ops.kernels import nvrtc
 from tests.ops.kernels.shim import KERNELS
 
@@ -29,7 +29,7 @@ def check_report(report: str, label: str) -> None:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize(("source", "options"), SOURCES, ids=["reroute-int32", "reroute-int64", "token_roles"])
 def test_nvrtc(source, options, architecture):
-    flags = (*cuda.COMPILE_OPTIONS, *options, f"--gpu-architecture={architecture}", "--ptxas-options=-v")
+    flags = (*COMPILE_OPTIONS, *options, f"--gpu-architecture={architecture}", "--ptxas-options=-v")
     cubin, report = nvrtc.compile_to_cubin(KERNELS / source, flags)
     assert cubin[:4] == b"\x7fELF"
     check_report(report, f"{nvrtc.version()} {architecture} {source} {' '.join(options)}")
@@ -39,7 +39,7 @@ def test_nvrtc(source, options, architecture):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize(("source", "options"), SOURCES, ids=["reroute-int32", "reroute-int64", "token_roles"])
 def test_nvcc(source, options, architecture, tmp_path):
-    command = ["nvcc", *cuda.COMPILE_OPTIONS, *options, f"-arch={architecture}", "-cubin", "-Xptxas=-v", "-Werror=all-warnings"]
+    command = ["nvcc", *COMPILE_OPTIONS, *options, f"-arch={architecture}", "-cubin", "-Xptxas=-v", "-Werror=all-warnings"]
     result = subprocess.run([*command, KERNELS / source, "-o", tmp_path / "out.cubin"], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     check_report(result.stderr, f"nvcc {architecture} {source} {' '.join(options)}")

@@ -3,10 +3,10 @@
 import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from sere.ops import op as reroute
 from sere.ops.kernels import cuda
+from sere.ops.kernels.neighbours import sorted_neighbours
 from sere.ops.reference import DECODE, PADDING, reroute_reference
 from tests.ops.kernels.kernel_checks import batches, check_reroute, check_token_roles, modes
 from tests.ops.kernels.shim import SANITIZERS, cuda_on_cpu, needs_compiler
@@ -95,7 +95,7 @@ def test_ids_out_of_range_are_unused_slots(shims):
     cuda.reroute(
         torch.tensor([[0.5, 0.3, 0.9], [0.9, 0.8, 0.2]]),
         new_ids,
-        cuda.sorted_neighbours(torch.ones(6, 6), 0.0),
+        sorted_neighbours(torch.ones(6, 6), 0.0),
         num_experts=6,
         primary_top_k=1,
         new_ids=new_ids,
@@ -111,32 +111,13 @@ def test_warm_up(shims, monkeypatch):
         similarity = torch.rand(9, 9, dtype=torch.float32)
         with torch.device("meta"):
             cuda.warm_up(CPU)
-            assert cuda.sorted_neighbours(similarity, 0.5).device == CPU
+            assert sorted_neighbours(similarity, 0.5).device == CPU
     finally:
         torch.set_default_dtype(torch.float32)
     monkeypatch.setattr(cuda, "sorted_neighbours", lambda similarity, threshold: torch.zeros(60, 64, dtype=torch.int16))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     with pytest.raises(RuntimeError, match="wrong results on a GPU"):
         cuda.warm_up(CPU)
-
-
-@settings(deadline=None, max_examples=100)
-@given(
-    num_experts=st.integers(1, 90),
-    levels=st.integers(1, 5),
-    threshold=st.floats(0, 1),
-    seed=st.integers(0, 1000),
-)
-def test_sorted_neighbours(num_experts, levels, threshold, seed):
-    generator = torch.Generator().manual_seed(seed)
-    similarity = (torch.rand(num_experts, num_experts, generator=generator) * levels).round() / levels
-    least = torch.tensor(threshold, dtype=torch.float32).item()
-    table = cuda.sorted_neighbours(similarity, threshold).tolist()
-    for expert, row in enumerate(table):
-        allowed = [other for other in range(num_experts) if other != expert and similarity[expert, other].item() >= least]
-        ranked = sorted(allowed, key=lambda other: (-similarity[expert, other].item(), other))
-        assert len(row) % 64 == 0
-        assert row == ranked + [expert] * (len(row) - len(ranked))
 
 
 def test_no_data_races():
@@ -210,7 +191,7 @@ def test_refuses_what_the_kernel_cannot_read(change, message):
     arguments = dict(
         topk_weights=torch.rand(4, 3),
         topk_ids=ids,
-        neighbours=cuda.sorted_neighbours(torch.rand(8, 8), 0.5),
+        neighbours=sorted_neighbours(torch.rand(8, 8), 0.5),
         num_experts=8,
         primary_top_k=1,
         new_ids=ids,

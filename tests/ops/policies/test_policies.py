@@ -1,12 +1,15 @@
 """Every policy: what it may change, and what makes it the control it is."""
 
+from typing import get_args
+
 import pytest
 import torch
 from hypothesis import given, settings
 
 from sere.conf.errors import ConfigError
-from sere.conf.schema import RerouteConfig
-from sere.ops.policies.base import POLICIES, LayerInfo
+from sere.conf.schema import PolicyName, RerouteConfig
+from sere.ops.policies import POLICIES
+from sere.ops.policies.base import LayerInfo
 from sere.ops.reference import DECODE, reroute_reference
 from tests.ops.strategies import Step, steps
 
@@ -111,3 +114,19 @@ def test_top_k_drops_and_renormalizes():
 def test_primary_top_k_above_top_k_is_refused():
     with pytest.raises(ConfigError, match=r"between 1 and the model's top_k \(8\), got 9"):
         make("random", num_experts=64, top_k=8, primary_top_k=9)
+
+
+def test_top_k_needs_to_know_whether_weights_are_renormalized():
+    with pytest.raises(ConfigError, match="cannot tell whether the router of layer 3 renormalises"):
+        make("top_k", num_experts=8, top_k=3, index=3, renormalize=None)
+    make("random", num_experts=8, top_k=3, renormalize=None)
+
+
+def test_table_of_policies():
+    assert set(POLICIES) == set(get_args(PolicyName))
+    assert len({POLICIES[name] for name in POLICIES}) == len(POLICIES)
+    assert "top_k" in POLICIES and "topk" not in POLICIES
+    with pytest.raises(ConfigError, match="unknown policy 'topk': valid are none, sere, top_k, random"):
+        POLICIES["topk"]
+    with pytest.raises(TypeError):
+        POLICIES["mine"] = POLICIES["none"]
