@@ -65,14 +65,16 @@ class Dispatcher:
         keys_written: Callable[[str], set[tuple[str, int]]],
         give_up: Callable[[pa.Table, str], None],
     ) -> None:
-        """Args:
-        start: Starts the replica with this number; returns its name and the actor.
-        end: Ends an actor, dead or alive.
-        num_replicas: Most replicas at a time. Those that find no room in the cluster wait for it, and nobody waits for them.
-        concurrent_batches: Batches a replica works on at once.
-        max_retries: Times a row is tried again.
-        keys_written: The rows in the parts of the replica of this name, as (source_file, source_row).
-        give_up: Takes rows that will not be tried again, and why.
+        """No replica is started yet.
+
+        Args:
+            start: Starts the replica with this number; returns its name and the actor.
+            end: Ends an actor, dead or alive.
+            num_replicas: Most replicas at a time. Those that find no room in the cluster wait for it, and nobody waits for them.
+            concurrent_batches: Batches a replica works on at once.
+            max_retries: Times a row is tried again.
+            keys_written: The rows in the parts of the replica of this name, as (source_file, source_row).
+            give_up: Takes rows that will not be tried again, and why.
         """
         self._start, self._end, self._num_replicas = start, end, num_replicas
         self._concurrent_batches, self._max_retries = concurrent_batches, max_retries

@@ -35,13 +35,15 @@ class Monitor:
         folder: JobFolder,
         tracker: NullTracker,
     ) -> None:
-        """Args:
-        config: Of the job.
-        num_rows: Rows of the input.
-        before: What was finished when this driver began.
-        earlier: Sessions of drivers before.
-        folder: Gets this session's file.
-        tracker: Gets the metrics; their step is the seconds that all drivers worked.
+        """Nothing is shown yet.
+
+        Args:
+            config: Of the job.
+            num_rows: Rows of the input.
+            before: What was finished when this driver began.
+            earlier: Sessions of drivers before.
+            folder: Gets this session's file.
+            tracker: Gets the metrics; their step is the seconds that all drivers worked.
         """
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -153,8 +155,10 @@ class Monitor:
 
 
 def check_errors(config: GenerateConfig, *, num_rows: int, num_errors: int, first: list[str], where: str) -> None:
-    """Raises:
-    ConfigError: if more rows have errors than `max_error_ratio` allows.
+    """Refuse a job of which too many rows fail.
+
+    Raises:
+        ConfigError: if more rows have errors than `max_error_ratio` allows.
     """
     if num_errors > config.max_error_ratio * max(num_rows, _LEAST_ROWS_JUDGED):
         raise ConfigError(

@@ -34,8 +34,10 @@ class Storage:
     """A folder. Picklable: other nodes open it by its URI, with credentials from their own environment."""
 
     def __init__(self, uri: str, options: dict[str, Any] | None = None) -> None:
-        """Raises:
-        ConfigError: if there is no such kind of storage.
+        """Open it; nothing is read yet.
+
+        Raises:
+            ConfigError: if there is no such kind of storage.
         """
         self._uri, self._options = (uri if "://" in uri else os.path.abspath(uri)), options or {}
         self._filesystem, path = open_filesystem(self._uri, self._options)

@@ -16,8 +16,10 @@ class EngineLoop:
     """One engine. `generate` may be awaited any number of times at once, on the event loop that made this."""
 
     def __init__(self, engine: Any) -> None:
-        """Args:
-        engine: A `vllm.v1.engine.llm_engine.LLMEngine`, used by nobody else from now on.
+        """Take an engine, and start its thread.
+
+        Args:
+            engine: A `vllm.v1.engine.llm_engine.LLMEngine`, used by nobody else from now on.
         """
         self._engine = engine
         self._loop = asyncio.get_running_loop()

@@ -36,9 +36,11 @@ class RequestMaker:
     """Makes requests of rows as the config says."""
 
     def __init__(self, config: GenerateConfig, *, apply_chat_template: ChatTemplate | None = None) -> None:
-        """Args:
-        config: Says where prompts, sampling parameters and adapters come from.
-        apply_chat_template: From messages and further arguments to a prompt; needed with `messages_column`.
+        """Compile the template, if there is one.
+
+        Args:
+            config: Says where prompts, sampling parameters and adapters come from.
+            apply_chat_template: From messages and further arguments to a prompt; needed with `messages_column`.
         """
         self._config = config
         self._apply_chat_template = apply_chat_template

@@ -36,12 +36,12 @@ class ReplicaStarter:
         """Nothing is started yet.
 
         Args:
-        config: Of the job.
-        arguments: Of the engines.
-        parts: Where they write.
-        input_schema: The input's columns.
-        session: Number of this driver's session: part of the replicas' names, which no other session's may have.
-        on_gpu: Whether they take GPUs.
+            config: Of the job.
+            arguments: Of the engines.
+            parts: Where they write.
+            input_schema: The input's columns.
+            session: Number of this driver's session: part of the replicas' names, which no other session's may have.
+            on_gpu: Whether they take GPUs.
         """
         self._config, self._arguments, self._on_gpu = config, arguments, on_gpu
         self._parts, self._input_schema = parts, input_schema
