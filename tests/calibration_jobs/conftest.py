@@ -56,7 +56,7 @@ def texts(tmp_path_factory):
     return file
 
 
-def config_of(model, texts, folder, **changes) -> CalibrateConfig:
+def config_of(model, texts, folder, /, **changes) -> CalibrateConfig:
     """A config of the tiny model; keyword arguments change it."""
     values = {
         "model": str(model),

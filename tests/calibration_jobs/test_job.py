@@ -17,7 +17,7 @@ from sere.conf.schema import JudgeConfig, TrackingConfig
 from sere.ops.similarity import SimilarityArtifact
 from tests.calibration_jobs.conftest import config_of
 
-pytestmark = pytest.mark.usefixtures("cluster")
+pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("cluster")]
 NOT_JUDGED = JudgeConfig(held_out_rows=0)
 
 

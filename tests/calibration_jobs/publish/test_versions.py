@@ -19,6 +19,9 @@ from sere.pipeline.tracking.registry import alias_version, promote, resolve_arti
 from sere.pipeline.tracking.tracker import resume, track
 from tests.calibration_jobs.publish.artifacts import artifact
 
+# MLflow makes a new data base in each, and its server starts.
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):

@@ -10,6 +10,7 @@ import transformers
 
 from tests.conftest import ROOT
 
+pytestmark = pytest.mark.slow
 NUM_LAYERS = 24
 # Runs a real worker in a process of its own and prints what it held at most beyond what it had after its imports:
 # anonymous memory, since pages of a mapped checkpoint can be dropped at any time.
