@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+# What calibration needs beside torch.
 pytest.importorskip("transformers")
+pytest.importorskip("pyarrow")
 
 from sere.calibration_jobs.capture.batches import pad_rows
 from sere.calibration_jobs.capture.experts import observe_experts
