@@ -7,9 +7,9 @@ from typing import Any
 from sere.calibration_jobs.metrics.base import Matrices
 from sere.calibration_jobs.metrics.merge import MergedSums
 from sere.calibration_jobs.shards import Plan
-from sere.calibration_jobs.workers.model import ModelFacts
-from sere.calibration_jobs.workers.results import JobFolder
+from sere.calibration_jobs.workers.model import MoeFacts
 from sere.conf.schema import CalibrateConfig
+from sere.pipeline.runtime.job_folder import JobFolder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +17,7 @@ class JobFacts:
     """What is known of a job before it begins."""
 
     config: CalibrateConfig
-    model: ModelFacts
+    model: MoeFacts
     plan: Plan
     folder: JobFolder
     """Open: this process works in it."""

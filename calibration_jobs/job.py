@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sere.calibration_jobs.facts import JobFacts, Similarities
+from sere.calibration_jobs.identity import CALIBRATE, FINISHED, QUALITY, REMARKS, RESULTS, RUN, job_settings
 from sere.calibration_jobs.judge.agreement import agreement
 from sere.calibration_jobs.judge.assess import assess
 from sere.calibration_jobs.metrics.base import ShardSums
@@ -21,20 +22,17 @@ from sere.calibration_jobs.publish.record import record
 from sere.calibration_jobs.shards import Plan, make_plan, tokenize
 from sere.calibration_jobs.texts import RowRemark, read_rows
 from sere.calibration_jobs.workers.model import inspect_model, load_tokenizer
-from sere.calibration_jobs.workers.results import JobFolder, digest_of, write_json
+from sere.calibration_jobs.workers.results import Results
 from sere.calibration_jobs.workers.runner import TaskRunner
 from sere.calibration_jobs.workers.task import LayerTensors, Task
 from sere.conf.errors import ConfigError
+from sere.conf.nested import digest_of
 from sere.conf.schema import CalibrateConfig
 from sere.ops.model_digest import files_digest
 from sere.ops.similarity import FILE_NAME, SimilarityArtifact
+from sere.pipeline.runtime.job_folder import JobFolder
+from sere.pipeline.runtime.storage import Storage
 from sere.pipeline.tracking.tracker import NullTracker, resume, track
-
-# What may differ between a job and its continuation: it changes where and how fast, not what.
-_NOT_IDENTITY = (
-    "output", "overwrite", "num_workers", "num_cpus_per_worker", "num_gpus_per_worker", "max_memory_gib", "offload_folder",
-    "registered_model", "promote_if", "judge", "tracking",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -71,28 +69,29 @@ def calibrate(config: CalibrateConfig, *, ray_address: str | None = None) -> Cal
     token_rows, cut = tokenize(config, load_tokenizer(config), rows)
     remarks += cut
     plan = make_plan(config, token_rows)
-    identity = {name: value for name, value in dataclasses.asdict(config).items() if name not in _NOT_IDENTITY}
-    identity |= {"model_digest": model.digest, "data_digest": plan.digest, "block_tokens": model.block_tokens}
-    identity["held_out_rows"] = config.judge.held_out_rows
+    settings = job_settings(config, model_digest=model.digest, data_digest=plan.digest, block_tokens=model.block_tokens)
+    storage = Storage(str(output.parent / "calibration"))
     name = config.registered_model or f"sere-{Path(config.model).name}"
-    with JobFolder(output.parent / "calibration", identity, overwrite=config.overwrite) as folder:
+    with JobFolder(storage, CALIBRATE, settings, overwrite=config.overwrite) as folder:
+        storage.remove_unfinished(RESULTS)
         # The run and its figures belong to the judging, too; the sums do not.
         key = _key(config, folder, name)
-        finished = folder.noted("finished")
+        finished = storage.get_json(FINISHED)
         if finished and finished["key"] == key and output.is_file() and files_digest([output]) == finished["file"]:
             return Calibration(output, name, finished["version"], finished["promoted"], was_finished=True)
-        _write_remarks(folder.path / "rows.jsonl", remarks)
-        with _run_of(config, folder, key) as tracker, TaskRunner(config, model, folder, ray_address=ray_address) as tasks:
+        storage.put(REMARKS, "".join(json.dumps(dataclasses.asdict(remark)) + "\n" for remark in remarks).encode())
+        runner = TaskRunner(config, Results(storage, folder.digest), block_tokens=model.block_tokens, ray_address=ray_address)
+        with _run_of(config, storage, key) as tracker, runner as tasks:
             job = JobFacts(config=config, model=model, plan=plan, folder=folder, name=name, key=key, run_id=tracker.run_id)
             _log_start(tracker, job, remarks)
             found = _similarities(job, tasks, tracker)
             quality = assess(job, tasks, found)
             artifact = SimilarityArtifact(found.matrices, manifest_of(job, found, quality))
-            write_json(folder.path / "quality.json", quality)
+            storage.put_json(QUALITY, quality)
             artifact.save(output)
             tracker.log_metrics({"num_tokens": found.num_tokens, "num_replaced_workers": tasks.num_replaced})
             version, promoted = record(tracker, job, artifact, quality)
-            folder.note("finished", {"key": key, "version": version, "promoted": promoted, "file": files_digest([output])})
+            storage.put_json(FINISHED, {"key": key, "version": version, "promoted": promoted, "file": files_digest([output])})
             return Calibration(output, name, version, promoted, was_finished=False, num_done=tasks.num_done)
 
 
@@ -103,19 +102,13 @@ def _key(config: CalibrateConfig, folder: JobFolder, name: str) -> str:
     return digest_of(values | {"uri": tracking.uri, "experiment": tracking.experiment})[:12]
 
 
-def _write_remarks(path: Path, remarks: Sequence[RowRemark]) -> None:
-    aside = path.with_name(f".{path.name}")
-    aside.write_text("".join(json.dumps(dataclasses.asdict(remark)) + "\n" for remark in remarks))
-    aside.replace(path)
-
-
 @contextmanager
-def _run_of(config: CalibrateConfig, folder: JobFolder, key: str) -> Iterator[NullTracker]:
+def _run_of(config: CalibrateConfig, storage: Storage, key: str) -> Iterator[NullTracker]:
     """The MLflow run of this job: a new one, or the one an interrupted call began."""
-    before = folder.noted("run") or {}
+    before = storage.get_json(RUN) or {}
     known = before.get("run_id") if before.get("key") == key else None
     with track(config.tracking, kind="calibrate", default_name="calibrate", run_id=resume(config.tracking, known)) as tracker:
-        folder.note("run", {"run_id": tracker.run_id, "key": key})
+        storage.put_json(RUN, {"run_id": tracker.run_id, "key": key})
         yield tracker
 
 

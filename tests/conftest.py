@@ -49,7 +49,7 @@ def demo_artifact(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def s3_bucket():
-    """The URI of a bucket of a real S3 server on this machine; address and keys are in the environment, for subprocesses too."""
+    """The URI of a bucket of a real S3 server on this machine; address and keys are in the environment, for subprocesses."""
     pytest.importorskip("s3fs", reason="s3fs is not installed")
     server_class = pytest.importorskip("moto.server", reason="moto is not installed").ThreadedMotoServer
     server = server_class(ip_address="127.0.0.1", port=0)

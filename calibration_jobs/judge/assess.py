@@ -11,9 +11,10 @@ from sere.calibration_jobs.judge.rows import emulation_rows, held_out_rows
 from sere.calibration_jobs.judge.tasks import emulation_tasks, held_out_tasks
 from sere.calibration_jobs.metrics.base import Matrices
 from sere.calibration_jobs.shards import TokenRow
-from sere.calibration_jobs.workers.results import Result, digest_of
+from sere.calibration_jobs.workers.results import Result
 from sere.calibration_jobs.workers.runner import TaskRunner
 from sere.calibration_jobs.workers.task import Task
+from sere.conf.nested import digest_of
 
 
 def assess(job: JobFacts, tasks: TaskRunner, found: Similarities) -> dict[str, Any]:

@@ -1,8 +1,10 @@
 """What a finished calibration leaves in MLflow: figures, pictures, files, a version, and who is champion."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sere.calibration_jobs.facts import JobFacts
+from sere.calibration_jobs.identity import QUALITY, REMARKS
 from sere.calibration_jobs.judge.candidates import CHAMPION as OF_CHAMPION
 from sere.calibration_jobs.publish.numbers import layer_metrics, overall_metrics, reference_errors
 from sere.calibration_jobs.publish.pictures import all_pictures
@@ -22,8 +24,8 @@ def record(
     tracker.log_metrics(overall_metrics(quality))
     for path, figure in all_pictures(artifact, quality):
         tracker.log_figure(figure, path)
-    for extra in ("quality.json", "rows.jsonl"):
-        tracker.log_file(job.folder.path / extra)
+    for extra in (QUALITY, REMARKS):
+        tracker.log_file(Path(job.folder.storage.locate(extra)))
     config, manifest, errors = job.config, artifact.manifest, reference_errors(quality)
     tags = {
         "model": config.model,

@@ -14,23 +14,7 @@ from sere.calibration_jobs.capture.experts import find_expert_modules
 from sere.calibration_jobs.metrics.weights import check_weights
 from sere.conf.errors import ConfigError
 from sere.conf.schema import CalibrateConfig
-from sere.ops.model_digest import model_digest
-
-
-def read_model_config(model: str, *, trust_remote_code: bool) -> Any:
-    """The Transformers configuration of a model given by folder or hub name.
-
-    Raises:
-        ConfigError: if there is no such model.
-    """
-    import transformers
-
-    try:
-        return transformers.AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"model {model} cannot be read ({str(error).splitlines()[0]}): give a model folder or a hub name"
-        ) from error
+from sere.pipeline.runtime.model_facts import ModelFacts, read_model_facts
 
 
 def make_empty_model(model_config: Any, *, trust_remote_code: bool) -> Any:
@@ -41,38 +25,32 @@ def make_empty_model(model_config: Any, *, trust_remote_code: bool) -> Any:
         return transformers.AutoModelForCausalLM.from_config(model_config, trust_remote_code=trust_remote_code)
 
 
-@dataclass(frozen=True)
-class ModelFacts:
-    """What is known of the model before it is loaded."""
+@dataclass(frozen=True, kw_only=True)
+class MoeFacts(ModelFacts):
+    """What calibration knows of a model before it is loaded; `inspect_model` fills it."""
 
-    digest: str | None
     num_experts: int
-    top_k: int | None
+    """Of every MoE layer."""
     block_tokens: int
+    """Tokens of a block, as `block_tokens_of` fits them into memory."""
 
 
-def inspect_model(config: CalibrateConfig) -> ModelFacts:
+def inspect_model(config: CalibrateConfig) -> MoeFacts:
     """Refuse a model that cannot be calibrated, before any work."""
-    trust = config.trust_remote_code
-    model_config = read_model_config(config.model, trust_remote_code=trust)
-    text_config = model_config.get_text_config()
-    experts = find_expert_modules(make_empty_model(model_config, trust_remote_code=trust))
+    facts = read_model_facts(config.model, trust_remote_code=config.trust_remote_code)
+    experts = find_expert_modules(make_empty_model(facts.config, trust_remote_code=config.trust_remote_code))
     counts = {module.num_experts for module in experts.values()}
     if len(counts) > 1:
         raise ConfigError(f"{config.model} has layers of {sorted(counts)} experts: such models are not supported")
     if "weights" in config.metrics:
         for module in experts.values():
             check_weights(module)
-    context = getattr(text_config, "max_position_embeddings", None)
+    context = facts.context_length
     if context is not None and config.sequence_length > context:
         raise ConfigError(f"sequence_length must be at most the model's context, {context}, got {config.sequence_length}")
     (num_experts,) = counts
-    return ModelFacts(
-        digest=model_digest(config.model),
-        num_experts=num_experts,
-        top_k=getattr(text_config, "num_experts_per_tok", None),
-        block_tokens=block_tokens_of(config, num_experts=num_experts, hidden_size=text_config.hidden_size),
-    )
+    block_tokens = block_tokens_of(config, num_experts=num_experts, hidden_size=facts.config.get_text_config().hidden_size)
+    return MoeFacts(**vars(facts), num_experts=num_experts, block_tokens=block_tokens)
 
 
 def load_tokenizer(config: CalibrateConfig) -> Any:

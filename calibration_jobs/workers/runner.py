@@ -1,33 +1,29 @@
 """Runs a job's tasks over workers, and keeps every result on disk before anyone counts on it."""
 
-import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from sere.calibration_jobs.workers.model import ModelFacts
 from sere.calibration_jobs.workers.pool import WorkerPool
-from sere.calibration_jobs.workers.results import DamagedResult, JobFolder, Result
+from sere.calibration_jobs.workers.results import Result, Results
 from sere.calibration_jobs.workers.task import Task
 from sere.calibration_jobs.workers.worker import CalibrationWorker
 from sere.conf.schema import CalibrateConfig
 from sere.pipeline.runtime.cluster import refuse_missing_room, start_ray
 
-_log = logging.getLogger(__name__)
-
 
 class TaskRunner:
-    """Runs tasks whose results are not yet in the folder, over workers that are started when the first is needed."""
+    """Runs tasks that have no result yet, over workers that are started when the first is needed."""
 
-    def __init__(self, config: CalibrateConfig, model: ModelFacts, folder: JobFolder, *, ray_address: str | None) -> None:
+    def __init__(self, config: CalibrateConfig, results: Results, *, block_tokens: int, ray_address: str | None) -> None:
         """Nothing is started yet.
 
         Args:
             config: The settings.
-            model: What workers load.
-            folder: Where results are kept.
+            results: Where results are kept.
+            block_tokens: Tokens of a block.
             ray_address: The Ray cluster to join; None: a local one is started.
         """
-        self._config, self._model, self._folder, self._ray_address = config, model, folder, ray_address
+        self._config, self._results, self._block_tokens, self._ray_address = config, results, block_tokens, ray_address
         self._pool: WorkerPool | None = None
         self.num_done = 0
 
@@ -58,18 +54,11 @@ class TaskRunner:
         import ray
 
         options = {"num_cpus": self._config.num_cpus_per_worker, "num_gpus": self._config.num_gpus_per_worker}
-        return ray.remote(**options)(CalibrationWorker).remote(self._config, self._model.block_tokens)
+        return ray.remote(**options)(CalibrationWorker).remote(self._config, self._block_tokens)
 
     def stored(self, name: str) -> Result | None:
-        """A task's result from an earlier run, or None; a damaged one is named and computed again."""
-        if not self._folder.has(name):
-            return None
-        try:
-            return self._folder.load(name)
-        except DamagedResult as error:
-            _log.warning("%s: it is computed again", error)
-            self._folder.discard(name)
-            return None
+        """A task's result from an earlier run, or None."""
+        return self._results.load(name)
 
     def run(self, tasks: Sequence[Task], description: str) -> Iterator[tuple[Task, Result]]:
         """Results, those of earlier runs first. Each is on disk before it is handed out."""
@@ -98,7 +87,7 @@ class TaskRunner:
                 self.start_ray()
                 self._pool = WorkerPool(self._start_worker, self._config.num_workers).__enter__()
             for task, result in self._pool.run(missing):
-                self._folder.save(task.name, result)
+                self._results.save(task.name, result)
                 self.num_done += 1
                 progress.advance(bar)
                 yield task, result

@@ -70,7 +70,7 @@ class Dispatcher:
         Args:
             start: Starts the replica with this number; returns its name and the actor.
             end: Ends an actor, dead or alive.
-            num_replicas: Most replicas at a time. Those that find no room in the cluster wait for it, and nobody waits for them.
+            num_replicas: Most replicas at a time. Those that find no room in the cluster wait, and nobody waits for them.
             concurrent_batches: Batches a replica works on at once.
             max_retries: Times a row is tried again.
             keys_written: The rows in the parts of the replica of this name, as (source_file, source_row).

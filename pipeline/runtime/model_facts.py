@@ -20,7 +20,6 @@ class ModelFacts:
     """Of its weights (`sere.ops.model_digest`); None where there are no safetensors files here."""
     top_k: int | None
     """Experts a token is sent to."""
-    hidden_size: int | None
     context_length: int | None
     """Most tokens of a sequence."""
     config: Any
@@ -48,7 +47,6 @@ def read_model_facts(model: str, *, trust_remote_code: bool) -> ModelFacts:
         name=os.fspath(model),
         digest=model_digest(model),
         top_k=next((getattr(text, name) for name in _TOP_K_NAMES if getattr(text, name, None)), None),
-        hidden_size=getattr(text, "hidden_size", None),
         context_length=getattr(text, "max_position_embeddings", None),
         config=config,
     )

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import uuid
 from typing import Any
 
@@ -114,6 +115,13 @@ class Storage:
             return {}
         names = {entry["name"].rsplit("/", 1)[-1]: entry["size"] for entry in found if entry["type"] == "file"}
         return {f"{folder}/{name}": names[name] for name in sorted(names) if name and not name.startswith(".")}
+
+    def remove_unfinished(self, folder: str) -> None:
+        """Remove what processes that were killed had half written into a folder, in which nobody else writes now."""
+        place = self.locate(folder)
+        for name in os.listdir(place) if self.is_local and os.path.isdir(place) else ():
+            if re.fullmatch(r"\..+\.[0-9a-f]{32}", name):
+                os.unlink(os.path.join(place, name))
 
     def move(self, name: str, to: str) -> None:
         """Give a file another name."""

@@ -134,3 +134,34 @@ def test_unwritable(tmp_path):
         open_folder(tmp_path / "file" / "run").__enter__()
     with pytest.raises(ConfigError, match="cannot be opened"):
         Storage("nosuch://x/y")
+
+
+def test_a_killed_process_does_not_hold_on(tmp_path):
+    code = (
+        "import time, tests.pipeline.runtime.test_job_folder as t\n"
+        f"with t.open_folder({str(tmp_path / 'run')!r}):\n    print('open', flush=True)\n    time.sleep(100)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "open\n"
+    with pytest.raises(ConfigError, match="another process works in"):
+        open_folder(tmp_path / "run").__enter__()
+    process.kill()
+    process.wait()
+    with open_folder(tmp_path / "run"):
+        pass
+
+
+def test_a_calibration_job_has_a_folder_of_its_own_kind(tmp_path):
+    from sere.calibration_jobs.identity import CALIBRATE
+
+    with open_folder(tmp_path / "run"):
+        pass
+    with pytest.raises(ConfigError, match=r"job\.json that `sere calibrate` did not write"):
+        JobFolder(Storage(str(tmp_path / "run")), CALIBRATE, {}, overwrite=True).__enter__()
+    folder = JobFolder(Storage(str(tmp_path / "calibration")), CALIBRATE, {"a": (1, 2)}, overwrite=False)
+    with folder:
+        folder.storage.put("results/shard.safetensors", b"x")
+    with JobFolder(folder.storage, CALIBRATE, {"a": [1, 2]}, overwrite=False):
+        assert folder.storage.get("results/shard.safetensors") == b"x", "a tuple is what JSON makes of it"
+    with JobFolder(folder.storage, CALIBRATE, {"a": [1]}, overwrite=True):
+        assert folder.storage.get("results/shard.safetensors") is None
