@@ -1,1 +1,1 @@
-"""How good matrices are, on held-out rows."""
+"""How good matrices are, on held-out rows. Read candidates.py first: it holds the nouns."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sere.calibration_jobs.metrics.merge import Matrices
+from sere.calibration_jobs.metrics.base import Matrices
 
 
 def spearman(first: Tensor, second: Tensor) -> float:
