@@ -20,6 +20,8 @@ from sere.conf.schema import CalibrateConfig, JudgeConfig
 from sere.ops.similarity import SimilarityArtifact
 from tests.conftest import DEMO_MODEL, ROOT
 
+pytestmark = pytest.mark.cluster
+
 NUM_SHARDS = 12
 
 

@@ -13,6 +13,8 @@ import pytest
 
 from tests.conftest import ROOT
 
+pytestmark = pytest.mark.engine
+
 
 @pytest.fixture
 def fault_matrix(monkeypatch):

@@ -10,6 +10,8 @@ from sere.ops.similarity import SimilarityArtifact
 from sere.pipeline.cli import main
 from tests.conftest import DEMO_MODEL, ROOT
 
+pytestmark = pytest.mark.cluster
+
 
 @pytest.fixture
 def run(tmp_path, monkeypatch, capfd):

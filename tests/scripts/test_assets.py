@@ -7,6 +7,8 @@ import pytest
 
 from tests.conftest import DEMO_MODEL, ROOT
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def scripts(monkeypatch):

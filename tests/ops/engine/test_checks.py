@@ -21,6 +21,8 @@ from sere.ops.similarity import SimilarityArtifact
 from tests.conftest import DEMO_MODEL
 from tests.ops.engine.engines import end_engine, engine
 
+pytestmark = pytest.mark.engine
+
 
 def changed_artifact(path, source, *, manifest=None, drop_layer=None):
     loaded = SimilarityArtifact.load(source)

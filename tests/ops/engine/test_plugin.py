@@ -18,6 +18,8 @@ from tests.ops.engine.engines import PROMPTS, core, engine, greedy, moe_layers, 
 from tests.ops.engine.recording import Recording, check_against_reference
 from tests.ops.kernels.shim import SANITIZERS, cuda_on_cpu, needs_compiler
 
+pytestmark = pytest.mark.engine
+
 SERE = {"policy": "sere", "metric": "cosine", "primary_top_k": 1, "threshold": 0.5}
 
 

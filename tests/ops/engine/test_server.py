@@ -10,9 +10,13 @@ import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
+
 from sere.ops.engine.counters import read_counters
 from tests.conftest import DEMO_MODEL
 from tests.ops.engine.engines import PROMPTS
+
+pytestmark = pytest.mark.engine
 
 
 def test_server_with_worker_processes_keeps_its_counters(demo_artifact, tmp_path):

@@ -13,6 +13,8 @@ from sere.ops.engine.counters import read_counters
 from tests.conftest import DEMO_MODEL
 from tests.ops.engine.engines import PROMPTS
 
+pytestmark = pytest.mark.engine
+
 SCRIPT = """
     import json, sys
     import conf, ops, pipeline

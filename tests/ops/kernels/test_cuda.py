@@ -13,7 +13,7 @@ from tests.ops.kernels.shim import SANITIZERS, cuda_on_cpu, needs_compiler
 from tests.ops.strategies import Step, steps
 
 CPU = torch.device("cpu")
-pytestmark = needs_compiler
+pytestmark = [needs_compiler, pytest.mark.slow]
 in_bounds = settings(deadline=None, database=None)
 
 

@@ -70,6 +70,7 @@ def sere(*arguments, status=0):
     return result.stdout + result.stderr
 
 
+@pytest.mark.engine
 def test_a_sweep_on_s3(s3_bucket, demo_artifact, tmp_path):
     """Input, run directories and logs on an S3 server; then the same command again, and another one."""
     import fsspec

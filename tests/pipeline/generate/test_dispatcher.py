@@ -16,6 +16,8 @@ from sere.pipeline.generate.replica.answers import Answer, answer_table
 from sere.pipeline.generate.replica.spec import ReplicaStatus
 from sere.pipeline.runtime.storage import Storage
 
+pytestmark = pytest.mark.cluster
+
 SCHEMA = pa.schema([("prompt", pa.string())])
 
 

@@ -12,14 +12,17 @@ from transformers import AutoTokenizer
 
 from tests.conftest import DEMO_MODEL, ROOT
 
+pytestmark = pytest.mark.engine
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("end-to-end")
 
 
-def sere(*arguments, status=0):
-    environment = {k: v for k, v in os.environ.items() if k not in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_LOGGING_LEVEL")}
+def sere(*arguments, status=0, **variables):
+    left_out = ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_LOGGING_LEVEL")
+    environment = {name: value for name, value in os.environ.items() if name not in left_out} | variables
     command = [sys.executable, "-m", "sere.pipeline.cli", *arguments]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == status, result.stdout[-3000:] + result.stderr[-6000:]
@@ -154,6 +157,15 @@ def test_refusal_inside_an_engine_is_one_line(calibrated, folder):
     assert "sere: the artifact has no matrix for layer 2: it has [0, 1, 3]" in error.splitlines()[-1]
     assert "Traceback" not in error
     assert not list((folder / "refused").glob("results/*"))
+
+
+def test_an_engine_that_would_not_re_route_is_refused(folder):
+    """VLLM_PLUGINS names other plugins: vLLM would decode the unmodified model, and say so in its log at most."""
+    settings = ["num_rows=16", f"output={folder}/off", "tracking.uri=", "reroute.policy=random"]
+    error = sere("generate", "conf/generate.yaml", *settings, status=2, VLLM_PLUGINS="other")
+    last = error.splitlines()[-1]
+    assert "sere: nothing is re-routed" in last and "unset VLLM_PLUGINS" in last and "Traceback" not in error
+    assert not list((folder / "off").glob("results/*"))
 
 
 @pytest.fixture(scope="module")
