@@ -116,7 +116,7 @@ def _log_start(tracker: NullTracker, job: JobFacts, remarks: Sequence[RowRemark]
     """The settings and the data, before any work."""
     plan = job.plan
     num_rows = plan.num_calibration_rows + len(plan.held_out)
-    num_skipped = sum(remark.remark.startswith("skipped") for remark in remarks)
+    num_skipped = sum(remark.is_skipped for remark in remarks)
     tracker.log_config(job.config)
     tracker.log_params(
         {"model_digest": job.model.digest, "data_digest": plan.digest, "used_block_tokens": job.model.block_tokens}

@@ -65,11 +65,11 @@ def tokenize(config: CalibrateConfig, tokenizer: Any, rows: Sequence[TextRow]) -
         part = rows[start : start + 1000]
         for row, tokens in zip(part, tokenizer([row.text for row in part])["input_ids"], strict=True):
             if not tokens:
-                remarks.append(RowRemark(row.file, row.number, "skipped: no tokens"))
+                remarks.append(RowRemark(row.file, row.number, "skipped: no tokens", is_skipped=True))
                 continue
             if len(tokens) > config.sequence_length:
                 remark = f"cut: {len(tokens)} tokens, of which the first {config.sequence_length} are used"
-                remarks.append(RowRemark(row.file, row.number, remark))
+                remarks.append(RowRemark(row.file, row.number, remark, is_skipped=False))
             found.append(TokenRow(tuple(tokens[: config.sequence_length]), row.domain))
     if not found:
         raise ConfigError(f"{config.data}: none of {len(rows)} rows has any tokens")

@@ -33,6 +33,8 @@ class RowRemark:
     file: str
     number: int
     remark: str
+    is_skipped: bool
+    """Whether it is not calibrated on at all."""
 
 
 def read_rows(config: CalibrateConfig) -> tuple[list[TextRow], list[RowRemark]]:
@@ -57,7 +59,7 @@ def read_rows(config: CalibrateConfig) -> tuple[list[TextRow], list[RowRemark]]:
             for number, (text, domain, problem) in enumerate(_values(config, source, file)):
                 problem = problem or _problem(text)
                 if problem:
-                    remarks.append(RowRemark(file.path, number, f"skipped: {problem}"))
+                    remarks.append(RowRemark(file.path, number, f"skipped: {problem}", is_skipped=True))
                 else:
                     yield TextRow(file.path, number, text, domain)
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,13 +23,25 @@ _ARGUMENTS = (("hidden_states", "top_k_index", "top_k_weights"), ("hidden_states
 _PAIRS_PER_CALL = 2048
 
 
-def find_expert_modules(model: nn.Module) -> dict[int, nn.Module]:
+class Experts(Protocol):
+    """What is asked of an experts module: the count that every family's has, and what any `nn.Module` has."""
+
+    num_experts: int
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+
+    def register_forward_hook(self, hook: Callable[..., Any]) -> Any: ...
+
+
+def find_expert_modules(model: nn.Module) -> dict[int, Experts]:
     """The experts module of each MoE layer, by layer index.
 
     Raises:
         ConfigError: if the model has none, or two in one layer.
     """
-    found: dict[int, nn.Module] = {}
+    found: dict[int, Experts] = {}
     for name, module in model.named_modules():
         parameters = tuple(inspect.signature(module.forward).parameters)
         index = re.search(r"(?:^|\.)(\d+)\.", name)
@@ -38,7 +50,7 @@ def find_expert_modules(model: nn.Module) -> dict[int, nn.Module]:
         layer = int(index.group(1))
         if layer in found:
             raise ConfigError(f"{type(model).__name__} has two experts modules in layer {layer}: such models are not supported")
-        found[layer] = module
+        found[layer] = cast(Experts, module)
     if not found:
         raise ConfigError(
             f"{type(model).__name__} has no experts module with forward({', '.join(_ARGUMENTS[0])}): not a MoE model that "
@@ -52,7 +64,7 @@ class ExpertsCall:
     """One call of one layer's experts by the model."""
 
     layer: int
-    module: nn.Module
+    module: Experts
     hidden_states: Tensor
     """`[num_tokens, hidden_size]`, the rows of all sequences one after another."""
     topk_ids: Tensor
@@ -113,7 +125,7 @@ def intercept_experts(model: nn.Module, handle: Handler) -> Iterator[None]:
                 setattr(module, attribute, before)
 
 
-def _replacement(layer: int, module: nn.Module, own: Callable, handle: Handler) -> Callable:
+def _replacement(layer: int, module: Experts, own: Callable, handle: Handler) -> Callable:
     signature = inspect.signature(own)
 
     def forward(*args: Any, **kwargs: Any) -> Tensor:

@@ -21,7 +21,7 @@ def spearman(first: Tensor, second: Tensor) -> float:
 
     from scipy.stats import ConstantInputWarning, spearmanr
 
-    rows, columns = torch.triu_indices(*first.shape, offset=1)
+    rows, columns = torch.triu_indices(len(first), len(first), offset=1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConstantInputWarning)
         return float(spearmanr(first[rows, columns].numpy(), second[rows, columns].numpy()).statistic)

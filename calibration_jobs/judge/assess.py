@@ -60,7 +60,7 @@ class _HeldOutJudge:
         versus = {"key": job.key, "champion": champion.version} if champion is not None else None
         self._key = digest_of(versus)[:12] if versus else job.key
         asked = self._settings.reference_primary_top_k
-        self.reference = {
+        self.reference: dict[str, Any] = {
             "metric": self._settings.metric,
             "primary_top_k": asked if asked in top_ks else max(top_ks),
             "batch_size": self._settings.reference_batch_size,

@@ -2,14 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from sere.calibration_jobs.judge.agreement import off_diagonal
 from sere.calibration_jobs.metrics.base import Matrices
-from sere.conf.schema import JudgeConfig, RerouteConfig
+from sere.conf.schema import JudgeConfig, Metric, RerouteConfig
 from sere.ops.policies.random import random_similarity
 
 RANDOM = "random"
@@ -112,7 +112,8 @@ def policies_of(config: JudgeConfig, matrices: Matrices, primary_top_k: Sequence
     for top_k in primary_top_k:
         settings: dict[str, Any] = {"primary_top_k": top_k, "threshold": 0.0, "seed": config.seed}
         for metric in dict.fromkeys(name for _, name in matrices):
-            reroute = RerouteConfig(policy="sere", similarity="in memory", metric=metric, **settings)
+            reroute = RerouteConfig(policy="sere", similarity="in memory", metric=cast(Metric, metric), **settings)
             found.append(Emulated(f"sere {metric}", reroute, _layers(matrices, metric)))
-        found += [Emulated(name, RerouteConfig(policy=name, **settings)) for name in (RANDOM, "top_k")]
+        found.append(Emulated(RANDOM, RerouteConfig(policy="random", **settings)))
+        found.append(Emulated("top_k", RerouteConfig(policy="top_k", **settings)))
     return found

@@ -63,11 +63,12 @@ class PolicyRouter:
         new_weights, new_ids = weights.view(shape).clone(), ids.view(shape).clone()
         roles = torch.where(self._valid, DECODE, PADDING).to(torch.int8)
         for position in range(shape[1]):
-            step = weights.view(shape)[:, position], ids.view(shape)[:, position]
+            step_weights = weights.view(shape)[:, position].contiguous()
+            step_ids = ids.view(shape)[:, position].contiguous()
             role = roles[:, position].contiguous()
-            routed = policy.route(*(part.contiguous() for part in step), weights.new_empty(0), role)
-            new_weights[:, position], new_ids[:, position] = routed
-            self.num_active += len(routed[1][role == DECODE].unique())
+            routed_weights, routed_ids = policy.route(step_weights, step_ids, weights.new_empty(0), role)
+            new_weights[:, position], new_ids[:, position] = routed_weights, routed_ids
+            self.num_active += len(routed_ids[role == DECODE].unique())
             self.num_layer_steps += 1
         if torch.equal(new_ids.view_as(ids), ids) and torch.equal(new_weights.view_as(weights), weights):
             return call.run()

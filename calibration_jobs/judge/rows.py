@@ -3,8 +3,10 @@
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
+from functools import reduce
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sere.calibration_jobs.judge import emulation, held_out_error
@@ -32,7 +34,7 @@ def held_out_rows(
     settings = settings_of(candidates, primary_top_k=primary_top_k, batch_sizes=batch_sizes)
     parts = [LayerTensors.from_result(result).by_layer for result in results]
     layers = sorted(parts[0])
-    totals = {layer: sum(part[layer] for part in parts) for layer in layers}
+    totals = {layer: reduce(torch.add, (part[layer] for part in parts)) for layer in layers}
     draws: dict[Setting, list[list[dict[str, float]]]] = {}
     for index, setting in enumerate(settings):
         draws.setdefault(setting, []).append([_figures(totals[layer][index]) for layer in layers])
@@ -49,6 +51,7 @@ def emulation_rows(results: Iterable[tuple[Task, Result]], policies: Sequence[Em
     """One row per policy and decode batch: perplexity, KL divergence (nats a token), next-token agreement, active experts."""
     by_size: dict[int, Tensor] = {}
     for task, (tensors, _) in results:
+        assert task.batch_size is not None
         by_size[task.batch_size] = by_size.get(task.batch_size, 0) + tensors["sums"]
     rows = []
     for size, totals in sorted(by_size.items()):

@@ -1,12 +1,13 @@
 """Expert similarity without data: the cosine of the experts' weights."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from sere.calibration_jobs.capture.experts import Experts
 from sere.conf.errors import ConfigError
 
 
-def check_weights(experts: nn.Module) -> None:
+def check_weights(experts: Experts) -> None:
     """Refuse experts whose weights cannot be compared; works on modules without weights, too.
 
     Raises:
@@ -21,7 +22,7 @@ def check_weights(experts: nn.Module) -> None:
             )
 
 
-def weight_similarity(experts: nn.Module) -> Tensor:
+def weight_similarity(experts: Experts) -> Tensor:
     """Cosine of every pair of experts' weights (all parameters of an expert as one vector), mapped from [-1, 1] to [0, 1].
 
     Blind to permutations of an expert's hidden units, and to what inputs it sees: a baseline for the other metrics.

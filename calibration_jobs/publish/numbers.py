@@ -29,7 +29,7 @@ def _finite(values: dict[str, float]) -> dict[str, float]:
 
 def layer_metrics(artifact: "SimilarityArtifact", quality: dict[str, Any], layer: int) -> dict[str, float]:
     """One layer's figures."""
-    values = {}
+    values: dict[str, float] = {}
     for metric in artifact.metrics:
         matrix = artifact.matrix(layer, metric)
         off = off_diagonal(matrix)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from sere.ops.similarity import SimilarityArtifact
 
-_RANDOM_STYLE = {"color": "black", "linestyle": "--"}
+_RANDOM_STYLE: dict[str, Any] = {"color": "black", "linestyle": "--"}
 
 
 def _new(width: float = 6.4, height: float = 4.4) -> tuple["Figure", "Axes"]:

@@ -9,6 +9,7 @@ import torch
 
 from sere.calibration_jobs.metrics import METRIC_CLASSES
 from sere.calibration_jobs.metrics.base import ShardSums, SumKey
+from sere.conf.errors import ConfigError
 
 
 @pytest.mark.parametrize(
@@ -35,7 +36,7 @@ def test_the_table_is_read_only_and_imports_what_it_is_asked_for():
     assert list(METRIC_CLASSES) == ["frobenius", "cosine", "cka"] and len(METRIC_CLASSES) == 3
     assert "weights" not in METRIC_CLASSES
     for name in ("weights", "euclid"):
-        with pytest.raises(KeyError):
+        with pytest.raises(ConfigError):
             METRIC_CLASSES[name]
     with pytest.raises(TypeError):
         METRIC_CLASSES["cka"] = None
