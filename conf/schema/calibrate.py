@@ -70,7 +70,8 @@ class CalibrateConfig:
     """Similarity artifact to write; the file's name is always similarity.safetensors. What the job needs to resume is kept
     beside it, in calibration/."""
     overwrite: bool = False
-    """Throw away what an earlier job of this output left, and start anew."""
+    """Throw away what an earlier job of this output left, and start anew. Applies once: interrupted, the same command goes
+    on."""
     data_format: DataFormat = "auto"
     """auto (by the files' suffix), parquet, json, csv, text, or huggingface: data is a dataset's hub name or folder."""
     data_split: str = "train"
@@ -117,7 +118,7 @@ class CalibrateConfig:
     """Name in the MLflow model registry under which the artifact becomes a new version, with alias candidate. null: sere- and
     the model's name."""
     promote_if: Literal["never", "lower_held_out_error"] = "never"
-    """When alias champion moves to the new version: never (only `sere calibrate promote` moves it), or lower_held_out_error:
+    """When alias champion moves to the new version: never (only `sere artifact promote` moves it), or lower_held_out_error:
     if its held-out error is below the champion's, on the same held-out rows."""
     judge: JudgeConfig = field(default_factory=JudgeConfig)
     """How good the matrices are, measured on rows that are held out of calibration."""

@@ -25,7 +25,8 @@ class GenerateConfig:
     output: str
     """Run directory: a path that all nodes see, or an fsspec URI. The same command goes on with what is there."""
     overwrite: bool = False
-    """Throw away what the run directory holds, and start anew."""
+    """Throw away what an earlier job left in the run directory, and start anew. Applies once: interrupted, the same command
+    goes on."""
     data_format: DataFormat = "auto"
     """auto (by the files' suffix), parquet, json, csv, text, or huggingface: data is a dataset's hub name or folder."""
     data_split: str = "train"
