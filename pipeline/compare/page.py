@@ -118,8 +118,8 @@ def _cells(row: Row, number: int, baseline: Row | None, span: tuple[float, float
         return f"{row.metrics[metric]:{form}}" if metric in row.metrics else "–"
 
     def change(metric: str) -> str:
-        gap = difference(row, baseline, metric)
-        return f"{gap / baseline.metrics[metric]:+.0%}" if gap is not None and baseline.metrics[metric] else ""
+        gap, before = difference(row, baseline, metric), baseline.metrics.get(metric) if baseline is not None else None
+        return f"{gap / before:+.0%}" if gap is not None and before else ""
 
     loss = row.loss if not row.is_baseline else None
     return {

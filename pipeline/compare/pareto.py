@@ -86,22 +86,23 @@ def recommend(rows: list[Row], *, by: str, max_loss: float) -> Recommendation:
     limit = max_loss + 1e-9
 
     def rank(row: Row) -> tuple[float, float]:
-        return sign * row.metrics[metric], row.loss.point
+        return sign * row.metrics[metric], _loss(row).point
 
-    within = sorted((row for row in others if row.loss.point <= limit), key=rank)
+    within = sorted((row for row in others if _loss(row).point <= limit), key=rank)
     superlative, better = {
         "speed": ("fastest", "is faster"),
         "active_experts": ("one with the fewest active experts", "has fewer active experts"),
     }[by]
     if not within:
-        least = min(others, key=lambda row: row.loss.point)
+        least = min(others, key=lambda row: _loss(row).point)
         return Recommendation(
             f"Recommended: the unmodified model, as no configuration has a quality loss within {max_loss:g}; the least is "
-            f"{describe_loss(least.loss)} of {least.label}.",
+            f"{describe_loss(_loss(least))} of {least.label}.",
             "unmodified",
             baseline,
         )
     best = within[0]
+    loss = _loss(best)
     if metric in baseline.metrics and rank(best)[0] >= sign * baseline.metrics[metric]:
         return Recommendation(
             f"Recommended: the unmodified model, as no configuration with a quality loss within {max_loss:g} {better}.",
@@ -110,13 +111,13 @@ def recommend(rows: list[Row], *, by: str, max_loss: float) -> Recommendation:
         )
     start = (
         f"Recommended: {best.label}, the {superlative} ({_gain(best, baseline, by)}) with a quality loss within {max_loss:g}: "
-        f"it loses {describe_loss(best.loss)}"
+        f"it loses {describe_loss(loss)}"
     )
-    if best.loss.high is None:
+    if loss.high is None:
         return Recommendation(f"{start}; how sure that is cannot be said without scores of rows.", "unknown", best)
-    if best.loss.high <= limit:
+    if loss.high <= limit:
         return Recommendation(f"{start}, safe: even the interval's upper end is within.", "safe", best)
-    safe = next((row for row in within if row.loss.high is not None and row.loss.high <= limit), None)
+    safe = next((row for row in within if (high := _loss(row).high) is not None and high <= limit), None)
     if safe is not None and metric in baseline.metrics and rank(safe)[0] >= sign * baseline.metrics[metric]:
         safe = None
     also = f"; safe would be {safe.label} ({_gain(safe, baseline, by)})" if safe is not None else ""
@@ -128,6 +129,11 @@ def describe_loss(loss: Loss) -> str:
     if loss.low is None:
         return f"{loss.point:.4f}"
     return f"{loss.point:.4f} (95% interval {loss.low:.4f} to {loss.high:.4f}, {loss.num_rows} rows)"
+
+
+def _loss(row: Row) -> Loss:
+    assert row.loss is not None
+    return row.loss
 
 
 def _gain(row: Row, baseline: Row, by: str) -> str:

@@ -72,11 +72,11 @@ def expand(config: SweepConfig) -> list[Point]:
     found: dict[str, dict[str, Any]] = {}
     for values in itertools.product(*grid.values()):
         settings = dict(zip(grid, values, strict=True))
-        for policy in ("none", settings.get("reroute.policy")):
+        for policy in ("none", settings.get("reroute.policy") or ""):
             point = {**settings, **({"reroute.policy": policy} if policy else {})}
             ignored = {f"reroute.{name}" for name in _IGNORED.get(policy, ())}
             point = {key: value for key, value in point.items() if key not in ignored}
-            name = _name({"reroute.policy": policy or "", **point}).strip(",")
+            name = _name({"reroute.policy": policy, **point}).strip(",")
             if found.get(name, point) != point:
                 # Values that differ only in what a file's name cannot have.
                 name += "," + digest_of(point)[:8]
@@ -119,8 +119,14 @@ def sweep(config: SweepConfig, console: "Console", *, ray_address: str | None = 
                 console.print(f"  failed: {error}", markup=False, highlight=False, soft_wrap=True)
         tracker.log_metrics({"num_configurations": len(points), "num_failed": len(failed)})
     if config.tracking.uri and len(failed) < len(points):
-        options = {"uri": config.tracking.uri, "output": config.report, "console": console}
-        compare(config.tracking.experiment, **options, max_loss=config.max_loss, by=config.by)
+        compare(
+            config.tracking.experiment,
+            uri=config.tracking.uri,
+            output=config.report,
+            console=console,
+            max_loss=config.max_loss,
+            by=config.by,
+        )
     if failed:
         name, why = next(iter(failed.items()))
         raise ConfigError(

@@ -8,11 +8,19 @@ from typing import Any
 from sere.conf.errors import ConfigError
 from sere.conf.masking import mask_uri
 from sere.pipeline.data.hub import is_saved_dataset
-from sere.pipeline.data.source import InputSpec, Source, SourceFile
+from sere.pipeline.data.source import InputSpec, Kind, Source, SourceFile
 from sere.pipeline.runtime.storage import first_line, open_filesystem
 
-_LINES = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".txt": "text", ".text": "text"}
-_SUFFIXES = {".parquet": "parquet", **_LINES}
+_SUFFIXES: dict[str, Kind] = {
+    ".parquet": "parquet",
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".txt": "text",
+    ".text": "text",
+}
 _COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
 
 
@@ -38,15 +46,15 @@ def find_sources(spec: InputSpec) -> Source:
             f"no data at {mask_uri(spec.data)} (seen from {os.getcwd()}): give a parquet, JSONL, CSV or text file, a folder "
             "of them, a glob, a Hugging Face dataset, or an fsspec URI of one of these"
         )
-    kinds = {_kind(path) if spec.data_format == "auto" else spec.data_format for path in paths}
-    if len(kinds) > 1 or None in kinds:
+    kind, *others = {_kind(path) if spec.data_format == "auto" else spec.data_format for path in paths}
+    if kind is None or others:
         shown = ", ".join(sorted({os.path.splitext(path)[1] or "no suffix" for path in paths}))
         raise ConfigError(
             f"{mask_uri(spec.data)} has files of several or unknown kinds ({shown}): set data_format, or give a glob"
         )
     shared = os.path.dirname(paths[0]) if len(paths) == 1 else os.path.commonpath(paths)
     files = sorted((SourceFile(os.path.relpath(path, shared), path) for path in paths), key=lambda file: file.name)
-    return Source(kinds.pop(), tuple(files), spec)
+    return Source(kind, tuple(files), spec)
 
 
 def _list(filesystem: Any, root: str) -> list[str]:
@@ -61,6 +69,6 @@ def _list(filesystem: Any, root: str) -> list[str]:
     return sorted(path for path in found if not any(part[:1] in "._" for part in path[below:].split("/")))
 
 
-def _kind(path: str) -> str | None:
+def _kind(path: str) -> Kind | None:
     stem, suffix = os.path.splitext(path.lower())
     return _SUFFIXES.get(os.path.splitext(stem)[1] if suffix in _COMPRESSIONS else suffix)

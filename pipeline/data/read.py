@@ -78,6 +78,7 @@ def read_file(source: Source, index: int, *, rows_per_table: int, skip: np.ndarr
     Raises:
         ConfigError: if the file cannot be read.
     """
+    assert source.schema is not None
     file = source.files[index]
     start = 0
     with naming_file(file):

@@ -109,8 +109,14 @@ def _run(job: _Job, parent_run_id: str | None) -> dict[str, float]:
     noted = storage.get_json("run.json") or {}
     name = "unmodified" if config.reroute is None else config.reroute.policy
     run_id = resume(config.tracking, noted.get("mlflow_run_id"))
-    how = {"kind": "generate", "default_name": name, "run_id": run_id, "parent_run_id": parent_run_id}
-    with track(config.tracking, **how, system_metrics=True) as tracker:
+    with track(
+        config.tracking,
+        kind="generate",
+        default_name=name,
+        run_id=run_id,
+        parent_run_id=parent_run_id,
+        system_metrics=True,
+    ) as tracker:
         storage.put_json("run.json", {"mlflow_run_id": tracker.run_id})
         if run_id is None:
             tracker.log_config(config)

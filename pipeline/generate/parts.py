@@ -156,10 +156,12 @@ class Parts:
 
 def _merge(tables: dict[str, pa.Table]) -> tuple[Finished, dict[str, set[tuple[str, int]]]]:
     """What the parts hold together, and per part the rows that an earlier part holds too."""
-    finished, twice = Finished(), {}
+    finished = Finished()
+    twice: dict[str, set[tuple[str, int]]] = {}
     if not tables:
         return finished, twice
-    names, codes = list(tables), {}
+    names = list(tables)
+    codes: dict[str, int] = {}
     files, positions, owners = [], [], []
     for number, table in enumerate(tables.values()):
         encoded = table["source_file"].combine_chunks().dictionary_encode()

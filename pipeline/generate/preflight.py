@@ -49,6 +49,7 @@ def prepare_reroute(config: GenerateConfig, facts: ModelFacts, scratch: Path) ->
         return None, b""
     path = None
     if reroute.policy == "sere":
+        assert reroute.similarity is not None
         path = resolve_artifact(reroute.similarity, tracking_uri=config.tracking.uri, folder=scratch)
         reroute = dataclasses.replace(reroute, similarity=str(path.absolute()))
     _check_reroute(reroute, facts)
@@ -69,6 +70,7 @@ def _check_reroute(config: RerouteConfig, facts: ModelFacts) -> None:
     if config.policy == "sere":
         from sere.ops.similarity import SimilarityArtifact
 
+        assert config.similarity is not None
         artifact = SimilarityArtifact.load(config.similarity)
         artifact.check_model(num_experts=artifact.num_experts, digest=facts.digest if config.check_model else None)
         artifact.matrix(artifact.layers[0], config.metric)

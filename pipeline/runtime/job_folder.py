@@ -43,6 +43,8 @@ class JobKind:
 class JobFolder:
     """A job's folder. Use as a context manager: while it is open no other process can open it."""
 
+    _beaten: float
+
     def __init__(self, storage: Storage, kind: JobKind, settings: Mapping[str, Any], *, overwrite: bool) -> None:
         """Nothing is read or written yet.
 

@@ -63,6 +63,7 @@ def use_experiment(config: TrackingConfig) -> str:
     import mlflow
     from mlflow.exceptions import MlflowException
 
+    assert config.uri is not None
     use_store(config.uri)
     try:
         experiment = mlflow.get_experiment_by_name(config.experiment)

@@ -40,7 +40,8 @@ class Replica:
         self._last_write = time.monotonic()
         self._writing = asyncio.Lock()
         self._scratch = Path(tempfile.mkdtemp(prefix="sere-"))
-        self._log = self._stats_dir = None
+        self._log = self._scratch / "replica.log"
+        self._stats_dir: Path | None = None
 
     async def start(self) -> str:
         """Start the engine; returns the node's name. Called once, before all others.
@@ -67,7 +68,6 @@ class Replica:
 
     def _redirect_output(self) -> None:
         """Send what the engine's processes print to a log file; they inherit the two descriptors."""
-        self._log = self._scratch / "replica.log"
         storage = self._spec.parts.storage
         if storage.is_local:
             self._log = Path(storage.locate(f"logs/{self._spec.name}.log"))

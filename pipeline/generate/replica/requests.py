@@ -101,6 +101,7 @@ class RequestMaker:
             known = isinstance(message, dict) and isinstance(message.get("role"), str)
             if not known or not isinstance(message.get("content"), str):
                 raise _BadRowError(f"{column} must have messages with role and content, both text, got {message!r}")
+        assert self._apply_chat_template is not None
         # Parquet gives every message all keys that any has.
         messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
         try:
@@ -173,7 +174,9 @@ def _typed(name: str, value: Any, default: Any) -> Any:
             raise ConfigError(f"{name} must have one of json, regex, choice and grammar, got {value!r}")
         if not isinstance(given.get("choice", []), list):
             raise ConfigError(f"choice must be a list, got {given['choice']!r}")
-        return StructuredOutputConfig(**{key: tuple(item) if key == "choice" else item for key, item in given.items()})
+        if "choice" in given:
+            given["choice"] = tuple(given["choice"])
+        return StructuredOutputConfig(**given)
     if isinstance(default, tuple):
         kind = str if name == "stop" else int
         if not isinstance(value, list) or not all(isinstance(item, kind) and not isinstance(item, bool) for item in value):
