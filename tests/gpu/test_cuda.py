@@ -14,25 +14,26 @@ from sere.ops.kernels import cuda
 from sere.ops.kernels.counting import COUNTERS, count_step
 from sere.ops.kernels.neighbours import sorted_neighbours
 from sere.ops.reference import DECODE, PADDING, reroute_reference
+from tests.examples import examples
 from tests.ops.kernels.kernel_checks import batches, check_reroute, check_token_roles, modes
 from tests.ops.strategies import Step, steps
 
 on_gpu = settings(deadline=None, database=None)
 
 
-@settings(on_gpu, max_examples=1000)
+@settings(on_gpu, max_examples=examples(1000))
 @given(step=steps(max_tokens=256, max_experts=512), mode=modes())
 def test_equals_reference(device, step: Step, mode):
     check_reroute(step, mode, device)
 
 
-@settings(on_gpu, max_examples=60)
+@settings(on_gpu, max_examples=examples(60))
 @given(step=steps(max_tokens=1100, max_experts=1024, max_top_k=32), mode=modes())
 def test_equals_reference_at_all_sizes(device, step: Step, mode):
     check_reroute(step, mode, device)
 
 
-@settings(on_gpu, max_examples=300)
+@settings(on_gpu, max_examples=examples(300))
 @given(step=steps(max_tokens=128, max_experts=128))
 def test_custom_op(device, step: Step):
     settings_ = dict(primary_top_k=step.primary_top_k, threshold=step.threshold)
@@ -42,7 +43,7 @@ def test_custom_op(device, step: Step):
     assert torch.equal(reroute_topk(*tensors, roles=roles, **settings_).cpu(), expected)
 
 
-@settings(on_gpu, max_examples=300)
+@settings(on_gpu, max_examples=examples(300))
 @given(batch=batches())
 def test_token_roles(device, batch):
     check_token_roles(batch, device)

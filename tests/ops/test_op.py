@@ -7,10 +7,11 @@ from hypothesis import given, settings
 from sere.ops import reroute_topk
 from sere.ops.kernels.votes import primary_experts, voting_slots
 from sere.ops.reference import reroute_reference
+from tests.examples import examples
 from tests.ops.strategies import Step, steps
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(steps())
 def test_equals_reference(step: Step):
     arguments = dict(primary_top_k=step.primary_top_k, threshold=step.threshold, roles=step.roles)
@@ -23,7 +24,7 @@ def test_equals_reference(step: Step):
     assert torch.equal(step.topk_ids, ids), "the arguments must not change"
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=examples(50), deadline=None)
 @given(steps(max_tokens=40, max_experts=40))
 def test_result_is_router_choice_or_primary(step: Step):
     result = reroute_topk(

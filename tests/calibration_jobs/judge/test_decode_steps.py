@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from sere.calibration_jobs.judge import decode_steps
 from sere.calibration_jobs.judge.decode_steps import decode_groups, reroute_groups
 from sere.ops.reference import reroute_reference
+from tests.examples import examples
 
 
 def test_groups_are_the_same_position_of_different_sequences():
@@ -16,7 +17,7 @@ def test_groups_are_the_same_position_of_different_sequences():
     assert decode_groups(valid, 6).tolist() == []
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(
     num_groups=st.integers(1, 5),
     num_tokens=st.integers(1, 6),

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sere.calibration_jobs.metrics import METRIC_CLASSES, similarity_matrices
+from tests.examples import examples
 
 
 def outputs(num_experts=5, num_tokens=12, hidden_size=7, seed=0, dtype=torch.float32):
@@ -57,7 +58,7 @@ def direct(name, y):
 
 
 @pytest.mark.parametrize("name", sorted(METRIC_CLASSES))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25), deadline=None)
 @given(
     num_experts=st.integers(2, 6),
     num_tokens=st.integers(5, 20),
@@ -70,7 +71,7 @@ def test_equals_definition(name, num_experts, num_tokens, hidden_size, seed):
 
 
 @pytest.mark.parametrize("name", sorted(METRIC_CLASSES))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25), deadline=None)
 @given(cuts=st.lists(st.integers(4, 30), min_size=1, max_size=5), order=st.randoms())
 def test_shards_equal_one_pass(name, cuts, order):
     batches = [outputs(num_tokens=size, seed=i) for i, size in enumerate(cuts)]

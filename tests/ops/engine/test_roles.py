@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from sere.ops.engine.roles import TokenRoles, fill_from_metadata, metadata_gives_counts, metadata_gives_starts
 from sere.ops.reference import DECODE, PADDING, PREFILL
+from tests.examples import examples
 
 
 def make(**changes):
@@ -23,7 +24,7 @@ def starts(lengths, padding_sequences=0):
     return torch.tensor(total, dtype=torch.int32)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 6), min_size=1, max_size=10),
     padding_sequences=st.integers(0, 4),

@@ -5,10 +5,11 @@ from hypothesis import given, settings
 
 from sere.ops.kernels.counting import COUNTERS, count_step
 from sere.ops.reference import DECODE, PADDING, reroute_reference
+from tests.examples import examples
 from tests.ops.strategies import Step, steps
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(step=steps(max_tokens=30, max_experts=40, max_top_k=6))
 def test_equals_plain_count(step: Step):
     num_tokens, top_k = step.topk_ids.shape

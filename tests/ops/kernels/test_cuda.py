@@ -8,6 +8,7 @@ from sere.ops import op as reroute
 from sere.ops.kernels import cuda
 from sere.ops.kernels.neighbours import sorted_neighbours
 from sere.ops.reference import DECODE, PADDING, reroute_reference
+from tests.examples import examples
 from tests.ops.kernels.kernel_checks import batches, check_reroute, check_token_roles, modes
 from tests.ops.kernels.shim import SANITIZERS, cuda_on_cpu, needs_compiler
 from tests.ops.strategies import Step, steps
@@ -23,13 +24,13 @@ def shims():
         yield shims
 
 
-@settings(in_bounds, max_examples=2000)
+@settings(in_bounds, max_examples=examples(2000))
 @given(step=steps(max_tokens=80, max_experts=200), mode=modes())
 def test_equals_reference(shims, step: Step, mode):
     check_reroute(step, mode, CPU)
 
 
-@settings(in_bounds, max_examples=60)
+@settings(in_bounds, max_examples=examples(60))
 @given(step=steps(max_tokens=1100, max_experts=1024, max_top_k=32), mode=modes())
 def test_equals_reference_at_all_sizes(shims, step: Step, mode):
     check_reroute(step, mode, CPU)
@@ -52,7 +53,7 @@ def test_bounds(shims, num_tokens, num_experts, top_k, dtype):
     check_reroute(step, dict(in_place=False, counted=True, left_alone=False, neutral=False), CPU)
 
 
-@settings(in_bounds, max_examples=200)
+@settings(in_bounds, max_examples=examples(200))
 @given(step=steps(max_tokens=40, max_experts=60))
 def test_what_the_custom_op_does_on_a_gpu(shims, step: Step):
     """Twice: the second call takes the neighbours that the first one sorted."""
@@ -75,7 +76,7 @@ def test_a_similarity_whose_changes_cannot_be_seen_is_refused(shims):
             reroute._reroute_topk_cuda(weights, ids, similarity.clone(), 1, 0.5, None)
 
 
-@settings(in_bounds, max_examples=300)
+@settings(in_bounds, max_examples=examples(300))
 @given(batch=batches())
 def test_token_roles(shims, batch):
     check_token_roles(batch, CPU)

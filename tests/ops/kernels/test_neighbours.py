@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 
 from sere.ops.kernels import neighbours
 from sere.ops.kernels.neighbours import neighbours_of, sorted_neighbours
+from tests.examples import examples
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=examples(100))
 @given(
     num_experts=st.integers(1, 90),
     levels=st.integers(1, 5),

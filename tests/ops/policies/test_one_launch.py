@@ -11,6 +11,7 @@ from sere.ops.kernels.neighbours import neighbours_of
 from sere.ops.policies import POLICIES
 from sere.ops.policies.base import LayerInfo
 from sere.ops.policies.one_launch import OneLaunchPolicy
+from tests.examples import examples
 from tests.ops.kernels.kernel_checks import step_of
 from tests.ops.kernels.shim import SANITIZERS, cuda_on_cpu, needs_compiler
 from tests.ops.policies.test_policies import all_roles, make
@@ -42,7 +43,7 @@ def run(policy, step: Step, ids, *, counted: bool):
 
 @needs_compiler
 @pytest.mark.parametrize("name", ONE_LAUNCH)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(step=steps(max_tokens=40, max_experts=64))
 def test_equals_torch_operations(shims, name, step):
     arguments = dict(primary_top_k=step.primary_top_k, threshold=step.threshold)

@@ -11,6 +11,7 @@ from sere.conf.schema import PolicyName, RerouteConfig
 from sere.ops.policies import POLICIES
 from sere.ops.policies.base import LayerInfo
 from sere.ops.reference import DECODE, reroute_reference
+from tests.examples import examples
 from tests.ops.strategies import Step, steps
 
 
@@ -32,7 +33,7 @@ def all_roles(step: Step):
 
 
 @pytest.mark.parametrize("name", sorted(POLICIES))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(step=steps(max_tokens=40, max_experts=64))
 def test_only_decode_rows_change_and_arguments_stay(name, step):
     roles = all_roles(step)
@@ -51,7 +52,7 @@ def test_only_decode_rows_change_and_arguments_stay(name, step):
 
 
 @pytest.mark.parametrize("name", ["none", "sere", "random", "top_k"])
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=examples(20), deadline=None)
 @given(step=steps(max_tokens=20, max_experts=32))
 def test_primary_top_k_equal_to_top_k_changes_nothing(name, step):
     policy = make(name, step, primary_top_k=step.topk_ids.shape[1])
@@ -60,7 +61,7 @@ def test_primary_top_k_equal_to_top_k_changes_nothing(name, step):
     assert torch.equal(weights, step.topk_weights)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(step=steps(max_tokens=40, max_experts=64))
 def test_sere_is_the_reference(step):
     policy = make("sere", step, primary_top_k=step.primary_top_k, threshold=step.threshold)

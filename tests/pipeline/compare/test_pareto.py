@@ -13,6 +13,7 @@ from sere.conf.errors import ConfigError
 from sere.pipeline.compare.losses import Loss, loss_of, paired_loss, read_scores
 from sere.pipeline.compare.pareto import pareto_front, recommend, with_fronts
 from sere.pipeline.compare.runs import Row
+from tests.examples import examples
 
 PAIRS = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=300)
 # Few values, so that ties are frequent.
@@ -99,7 +100,7 @@ def test_unreadable_scores(tmp_path):
             read_scores(tmp_path / name)
 
 
-@settings(max_examples=300)
+@settings(max_examples=examples(300))
 @given(st.lists(st.tuples(VALUES, VALUES), max_size=12))
 def test_front_is_what_nothing_dominates(points):
     def known(point):

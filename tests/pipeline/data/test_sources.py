@@ -17,6 +17,7 @@ from sere.pipeline.data.read import describe_file, read_file
 from sere.pipeline.data.scan import unify
 from sere.pipeline.data.source import PROBLEM
 from sere.pipeline.generate.columns import check_columns, input_spec
+from tests.examples import examples
 
 
 def config(data, **changes):
@@ -144,7 +145,7 @@ json_values = st.recursive(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(
     rows=st.lists(st.dictionaries(st.sampled_from(["prompt", "a", "b"]), json_values, max_size=3), min_size=1, max_size=12),
     rows_per_table=st.integers(1, 13),

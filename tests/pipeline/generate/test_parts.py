@@ -11,6 +11,7 @@ from sere.pipeline.generate.parts import Parts
 from sere.pipeline.generate.record import read_manifest, write_manifest
 from sere.pipeline.generate.replica.answers import Answer, answer_table
 from sere.pipeline.runtime.storage import Storage
+from tests.examples import examples
 
 SCHEMA = pa.schema([("id", pa.int64()), ("prompt", pa.string())])
 
@@ -44,7 +45,7 @@ def test_rows_in_parts_are_finished(uri):
     assert {file: rows.tolist() for file, rows in finished.rows.items()} == {"f": [1, 2, 3], "g": [0]}
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30), deadline=None)
 @given(st.lists(st.lists(st.tuples(st.sampled_from("fg"), st.integers(0, 9)), min_size=1, max_size=8, unique=True), max_size=6))
 def test_a_row_in_two_parts_stays_in_the_first(tmp_path_factory, written):
     parts = open_parts(tmp_path_factory.mktemp("run"))
