@@ -28,6 +28,7 @@ from sere.calibration_jobs.workers.task import LayerTensors, Task
 from sere.conf.errors import ConfigError
 from sere.conf.nested import digest_of
 from sere.conf.schema import CalibrateConfig
+from sere.conf.whole_file import remove_unfinished
 from sere.ops.model_digest import files_digest
 from sere.ops.similarity import FILE_NAME, SimilarityArtifact
 from sere.pipeline.runtime.job_folder import JobFolder
@@ -73,7 +74,7 @@ def calibrate(config: CalibrateConfig, *, ray_address: str | None = None) -> Cal
     storage = Storage(str(output.parent / "calibration"))
     name = config.registered_model or f"sere-{Path(config.model).name}"
     with JobFolder(storage, CALIBRATE, settings, overwrite=config.overwrite) as folder:
-        storage.remove_unfinished(RESULTS)
+        remove_unfinished(Path(storage.locate(RESULTS)))
         # The run and its figures belong to the judging, too; the sums do not.
         key = _key(config, folder, name)
         finished = storage.get_json(FINISHED)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sere.conf.errors import ConfigError
+from sere.conf.whole_file import written_whole
 
 FILE_NAME = "similarity.safetensors"
 FORMAT_VERSION = 1
@@ -128,20 +128,15 @@ class SimilarityArtifact:
             )
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Validate and write one file, aside first; an existing file is replaced only by a whole one."""
+        """Validate and write one file; an existing one is replaced only by a whole one."""
         self.validate()
         target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        aside = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
         tensors = {_key(*key): matrix.contiguous() for key, matrix in self.matrices.items()}
         manifest = {"format_version": FORMAT_VERSION, **self.manifest}
-        try:
+        with written_whole(target) as aside:
             save_file(tensors, aside, metadata={"manifest": json.dumps(manifest, sort_keys=True)})
             # safetensors makes files that only their owner can read; an artifact is shared.
             aside.chmod(0o644)
-            aside.replace(target)
-        finally:
-            aside.unlink(missing_ok=True)
         return target
 
     @classmethod

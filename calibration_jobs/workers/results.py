@@ -17,7 +17,6 @@ from sere.pipeline.runtime.storage import Storage, first_line
 
 Result = tuple[dict[str, Tensor], dict[str, Any]]
 """Tensors by name, and what JSON can hold."""
-_DAMAGED = "damaged"
 _log = logging.getLogger(__name__)
 
 
@@ -74,14 +73,8 @@ class Results:
             ) from error
         except (SafetensorError, KeyError, ValueError) as error:
             reason = first_line(error)
-        aside = f"{_DAMAGED}/{file.rsplit('/', 1)[-1]}"
-        _log.warning(
-            "%s is not what was written there (%s): it is kept as %s, and computed again",
-            self._storage.locate(file),
-            reason,
-            aside,
-        )
-        self._storage.move(file, aside)
+        aside, shown = self._storage.set_aside(file), self._storage.locate(file)
+        _log.warning("%s is not what was written there (%s): it is kept as %s, and computed again", shown, reason, aside)
         return None
 
 

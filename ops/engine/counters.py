@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from sere.conf.whole_file import written_whole
 from sere.ops.kernels.counting import COUNTERS
 
 _FLUSH_INTERVAL_S = 2.0
@@ -34,9 +35,8 @@ class CounterFile:
         path = root / f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}.counters"
         path.write_bytes(bytes(8 * shape[0] * shape[1]))
         self._mapped = torch.from_file(str(path), shared=True, size=shape[0] * shape[1], dtype=torch.int64).view(shape)
-        aside = path.with_suffix(".tmp")
-        aside.write_text(json.dumps({**manifest, "layers": layers, "counters": COUNTERS}, indent=1))
-        aside.rename(path.with_suffix(".json"))
+        with written_whole(path.with_suffix(".json")) as aside:
+            aside.write_text(json.dumps({**manifest, "layers": layers, "counters": COUNTERS}, indent=1))
         self.counts = self._mapped if device.type == "cpu" else torch.zeros(shape, dtype=torch.int64, device=device)
         self._next_flush = 0.0
         atexit.register(self.flush)

@@ -3,13 +3,13 @@
 import base64
 import dataclasses
 import io
-import os
 from datetime import UTC, datetime
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from sere.conf.errors import ConfigError
+from sere.conf.whole_file import written_whole
 from sere.pipeline.compare import charts
 from sere.pipeline.compare.artifacts import load_artifact
 from sere.pipeline.compare.heatmaps import heatmaps
@@ -32,7 +32,7 @@ def write_report(
     max_loss: float,
     notes: list[str],
 ) -> list[str]:
-    """Write the page; aside, then renamed.
+    """Write the page.
 
     Args:
         file: Where to write it.
@@ -67,9 +67,8 @@ def write_report(
         configurations=[(numbers[row.run_id], row.label) for row in rows],
         notes=notes,
     )
-    aside = file.with_name(f".{file.name}.aside")
-    aside.write_text(page, encoding="utf-8")
-    os.replace(aside, file)
+    with written_whole(file) as aside:
+        aside.write_text(page, encoding="utf-8")
     return notes
 
 

@@ -1,10 +1,10 @@
 """The comparison as tables on the terminal, a CSV file and a picture."""
 
 import csv
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sere.conf.whole_file import written_whole
 from sere.pipeline.compare.runs import Row, baseline_of, difference
 
 if TYPE_CHECKING:
@@ -124,12 +124,11 @@ def make_task_table(rows: list[Row]) -> "Table | None":
 
 
 def write_csv(rows: list[Row], file: Path) -> None:
-    """All numbers of the table, and what tells configurations apart; written aside, then renamed."""
+    """All numbers of the table, and what tells configurations apart."""
     tasks = sorted({task for row in rows for task in row.by_task})
     header = ["configuration", "policy", "model", "data", "decode_batch", "run_id", *_COLUMNS]
     header += [f"difference_{name}" for name in _DIFFERENCES] + [f"exact_match/{task}" for task in tasks] + [*_FOUND]
-    aside = file.with_name(f".{file.name}.aside")
-    with aside.open("w", newline="") as opened:
+    with written_whole(file) as aside, aside.open("w", newline="") as opened:
         writer = csv.writer(opened)
         writer.writerow(header)
         for row in rows:
@@ -141,7 +140,6 @@ def write_csv(rows: list[Row], file: Path) -> None:
             writer.writerow(
                 [row.label, row.policy, settings["model"], settings["data"], row.batch, row.run_id, *numbers, *found]
             )
-    os.replace(aside, file)
 
 
 def make_figure(rows: list[Row]) -> "Figure | None":

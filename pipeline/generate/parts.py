@@ -27,7 +27,6 @@ PART_NAMES = r"part-.+\.parquet"
 _PART = f"{RESULTS}/part-"
 KEY = PLACE.names
 """Columns that say which input row a row answers."""
-_DAMAGED = "damaged"
 _OWNER = b"sere.owner"
 # Object stores are slow to answer, and many requests at a time are not slower than one.
 _THREADS = 16
@@ -91,11 +90,10 @@ class Parts:
             with ThreadPoolExecutor(_THREADS) as threads:
                 tables = dict(zip(sizes, threads.map(self._keys, sizes, sizes.values()), strict=True))
             for name in [name for name, table in tables.items() if table is None]:
-                aside = f"{_DAMAGED}/{name.rsplit('/', 1)[-1]}"
+                aside = self.storage.set_aside(name)
                 _log.warning(
                     "%s is no parquet file: it is kept as %s, and its rows are done again", self.storage.locate(name), aside
                 )
-                self.storage.move(name, aside)
                 del tables[name]
             finished, twice = _merge(tables)
             if not twice:

@@ -2,12 +2,12 @@
 
 import json
 import os
-import re
-import uuid
+from pathlib import Path
 from typing import Any
 
 from sere.conf.errors import ConfigError
 from sere.conf.masking import mask_uri
+from sere.conf.whole_file import written_whole
 
 
 def open_filesystem(uri: str, options: dict[str, Any]) -> tuple[Any, str]:
@@ -74,18 +74,8 @@ class Storage:
         if not self.is_local:
             self._filesystem.pipe_file(place, content)
             return
-        folder, file = os.path.split(place)
-        os.makedirs(folder, exist_ok=True)
-        aside = os.path.join(folder, f".{file}.{uuid.uuid4().hex}")
-        try:
-            with open(aside, "wb") as opened:
-                opened.write(content)
-                opened.flush()
-                os.fsync(opened.fileno())
-            os.replace(aside, place)
-        finally:
-            if os.path.exists(aside):
-                os.unlink(aside)
+        with written_whole(Path(place)) as aside:
+            aside.write_bytes(content)
 
     def get(self, name: str) -> bytes | None:
         """A file's content; None if it is not there."""
@@ -116,19 +106,14 @@ class Storage:
         names = {entry["name"].rsplit("/", 1)[-1]: entry["size"] for entry in found if entry["type"] == "file"}
         return {f"{folder}/{name}": names[name] for name in sorted(names) if name and not name.startswith(".")}
 
-    def remove_unfinished(self, folder: str) -> None:
-        """Remove what processes that were killed had half written into a folder, in which nobody else writes now."""
-        place = self.locate(folder)
-        for name in os.listdir(place) if self.is_local and os.path.isdir(place) else ():
-            if re.fullmatch(r"\..+\.[0-9a-f]{32}", name):
-                os.unlink(os.path.join(place, name))
-
-    def move(self, name: str, to: str) -> None:
-        """Give a file another name."""
-        source, target = self.locate(name), self.locate(to)
+    def set_aside(self, name: str) -> str:
+        """Move a file that is damaged to where it can be looked at; returns its new name."""
+        aside = f"damaged/{name.rsplit('/', 1)[-1]}"
+        source, target = self.locate(name), self.locate(aside)
         self._filesystem.makedirs(os.path.dirname(target), exist_ok=True)
         self._filesystem.mv(source, target)
         self._filesystem.invalidate_cache()
+        return aside
 
     def remove(self, name: str) -> None:
         """Remove a file, or a folder with all that is in it."""
