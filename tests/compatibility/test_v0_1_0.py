@@ -51,6 +51,15 @@ def store(tmp_path):
     mlflow.set_tracking_uri(None)
 
 
+@pytest.fixture
+def own_ray():
+    """The Ray that the job starts is gone after the test."""
+    import ray
+
+    yield
+    ray.shutdown()
+
+
 def test_artifact():
     artifact = SimilarityArtifact.load(MADE / "similarity.safetensors")
     assert artifact.layers == [0, 1, 2, 3] and artifact.metrics == ["cosine"]
@@ -66,6 +75,7 @@ def test_mlflow_runs(store, tmp_path):
 
 
 @pytest.mark.cluster
+@pytest.mark.usefixtures("own_ray")
 def test_a_calibration_job_begun_goes_on(tmp_path):
     shutil.copytree(MADE / "calibration", tmp_path / "calibration")
     overrides = [
@@ -80,6 +90,7 @@ def test_a_calibration_job_begun_goes_on(tmp_path):
 
 
 @pytest.mark.engine
+@pytest.mark.usefixtures("own_ray")
 def test_a_generate_job_begun_goes_on(tmp_path, monkeypatch):
     monkeypatch.delenv("VLLM_ENABLE_V1_MULTIPROCESSING")
     shutil.copytree(MADE / "run", tmp_path / "run")
