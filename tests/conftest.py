@@ -1,7 +1,12 @@
 """Shared by all tests: the bundled model, an artifact for it, and a quiet environment."""
 
+import importlib.util
 import os
 import signal
+import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 # Before anything imports vLLM or Ray: engines in this process, so that tests can look inside; nothing leaves the machine.
@@ -49,19 +54,37 @@ def demo_artifact(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def s3_bucket():
-    """The URI of a bucket of a real S3 server on this machine; address and keys are in the environment, for subprocesses."""
-    pytest.importorskip("s3fs", reason="s3fs is not installed")
-    server_class = pytest.importorskip("moto.server", reason="moto is not installed").ThreadedMotoServer
-    server = server_class(ip_address="127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        patch.setenv("AWS_ACCESS_KEY_ID", "id")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "hunter2")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        import fsspec
+    """The URI of a bucket of a real S3 server on this machine; address and keys are in the environment.
 
-        fsspec.filesystem("s3").mkdir("runs")
-        yield "s3://runs"
-    server.stop()
+    The server is another process: it loads Flask, whose proxies vLLM trips over when it looks through all loaded modules.
+    """
+    pytest.importorskip("s3fs", reason="s3fs is not installed")
+    if importlib.util.find_spec("moto") is None:
+        pytest.skip("moto is not installed")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = subprocess.Popen(
+        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+            patch.setenv("AWS_ACCESS_KEY_ID", "id")
+            patch.setenv("AWS_SECRET_ACCESS_KEY", "hunter2")
+            patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+            for _ in range(300):
+                with socket.socket() as probe:
+                    if probe.connect_ex(("127.0.0.1", port)) == 0:
+                        break
+                assert server.poll() is None, "the S3 server does not start"
+                time.sleep(0.1)
+            import fsspec
+
+            fsspec.filesystem("s3").mkdir("runs")
+            yield "s3://runs"
+    finally:
+        server.kill()
+        server.wait()
