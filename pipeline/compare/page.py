@@ -13,7 +13,7 @@ from sere.conf.whole_file import written_whole
 from sere.pipeline.compare import charts
 from sere.pipeline.compare.artifacts import load_artifact
 from sere.pipeline.compare.heatmaps import heatmaps
-from sere.pipeline.compare.pareto import Recommendation
+from sere.pipeline.compare.pareto import Group
 from sere.pipeline.compare.runs import Row, difference
 from sere.pipeline.tracking.runs import read_history
 
@@ -25,7 +25,7 @@ _UNTOLD = ("output", "tracking.", "reroute.stats_dir")
 
 def write_report(
     file: Path,
-    groups: dict[str, tuple[list[Row], Recommendation]],
+    groups: list[Group],
     *,
     experiment: str,
     uri: str,
@@ -36,7 +36,7 @@ def write_report(
 
     Args:
         file: Where to write it.
-        groups: Comparable rows by what tells them from the other groups, and what to take of them.
+        groups: What to show.
         experiment: Name for the title.
         uri: MLflow tracking URI, for the figures of layers and over time, and the similarity artifact.
         max_loss: Quality loss allowed for the recommended configuration.
@@ -50,7 +50,7 @@ def write_report(
     templates = resources.files("sere.pipeline.compare") / "templates"
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     template = environment.from_string((templates / "report.html.jinja").read_text(encoding="utf-8"))
-    rows = [row for members, _ in groups.values() for row in members]
+    rows = [row for group in groups for row in group.rows]
     numbers = {row.run_id: number for number, row in enumerate(rows, start=1)}
     pictures, heading, note = _heatmaps(rows, uri)
     notes = [*notes, note] if note else notes
@@ -58,7 +58,7 @@ def write_report(
         css=(templates / "report.css").read_text(encoding="utf-8"),
         experiment=experiment,
         facts=_facts(rows),
-        groups=[_group(name, *group, numbers, uri, max_loss) for name, group in groups.items()],
+        groups=[_group(group, numbers, uri, max_loss) for group in groups],
         policies=[(charts.symbol(policy), _NAMES.get(policy, policy)) for policy in dict.fromkeys(row.policy for row in rows)],
         max_loss=f"{max_loss:g}",
         heatmaps=pictures,
@@ -91,16 +91,15 @@ def _facts(rows: list[Row]) -> list[tuple[str, str]]:
     ]
 
 
-def _group(
-    name: str, rows: list[Row], choice: Recommendation, numbers: dict[str, int], uri: str, max_loss: float
-) -> dict[str, Any]:
+def _group(group: Group, numbers: dict[str, int], uri: str, max_loss: float) -> dict[str, Any]:
+    rows = group.rows
     baseline = next((row for row in rows if row.is_baseline), None)
     losses = [row.loss for row in rows if row.loss is not None]
     ends = [end for loss in losses for end in (loss.point, loss.low, loss.high) if end is not None]
     span = (min([0, *ends]), max([max_loss, *ends]))
     return {
-        "name": name,
-        "recommendation": choice,
+        "name": group.name,
+        "recommendation": group.recommendation,
         "rows": [_cells(row, numbers[row.run_id], baseline, span, max_loss) for row in rows],
         "with_intervals": any(loss.low is not None for loss in losses),
         "charts": _scatters(rows, numbers),

@@ -64,6 +64,16 @@ class Recommendation:
     row: Row | None = None
 
 
+@dataclass(frozen=True)
+class Group:
+    """Comparable rows, and what to take of them; `analyse` fills it."""
+
+    name: str
+    """What tells it from the other groups; "" where there is one only."""
+    rows: list[Row]
+    recommendation: Recommendation
+
+
 def recommend(rows: list[Row], *, by: str, max_loss: float) -> Recommendation:
     """The cheapest of comparable rows whose loss is within `max_loss`; of equally cheap ones that with the lowest loss.
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from sere.conf.errors import ConfigError
 from sere.pipeline.compare.losses import SCORES_FILE, Loss, loss_of, read_scores
 from sere.pipeline.compare.page import write_report
-from sere.pipeline.compare.pareto import OBJECTIVES, Recommendation, recommend, with_fronts
+from sere.pipeline.compare.pareto import OBJECTIVES, Group, recommend, with_fronts
 from sere.pipeline.compare.runs import Row, difference, groups_of, rows_of
 from sere.pipeline.compare.table import make_figure, make_table, make_task_table, write_csv
 from sere.pipeline.tracking.runs import download_file, read_runs
@@ -54,20 +54,14 @@ def with_losses(rows: list[Row], *, uri: str, notes: list[str]) -> list[Row]:
     return found
 
 
-def analyse(
-    rows: list[Row], *, uri: str, max_loss: float, by: str
-) -> tuple[dict[str, tuple[list[Row], Recommendation]], list[str]]:
-    """Losses, fronts and a recommendation within each group of comparable rows.
-
-    Returns:
-        The rows and the recommendation by the group's name; and notes on what could not be read.
-    """
-    groups: dict[str, tuple[list[Row], Recommendation]] = {}
+def analyse(rows: list[Row], *, uri: str, max_loss: float, by: str) -> tuple[list[Group], list[str]]:
+    """Losses, fronts and a recommendation within each group of comparable rows; and notes on what could not be read."""
+    groups: list[Group] = []
     notes: list[str] = []
     for name, members in groups_of(rows).items():
         members = with_fronts(with_losses(members, uri=uri, notes=notes))
         choice = recommend(members, by=by, max_loss=max_loss)
-        groups[name] = [dataclasses.replace(row, recommended=row is choice.row) for row in members], choice
+        groups.append(Group(name, [dataclasses.replace(row, recommended=row is choice.row) for row in members], choice))
     return groups, notes
 
 
@@ -97,14 +91,15 @@ def compare(
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
     groups, notes = analyse(rows, uri=uri, max_loss=max_loss, by=by)
-    found = {row.run_id: row for members, _ in groups.values() for row in members}
+    found = {row.run_id: row for group in groups for row in group.rows}
     rows = [found[row.run_id] for row in rows]
     console.print(make_table(rows, experiment))
     tasks = make_task_table(rows)
     if tasks is not None:
         console.print(tasks)
-    for name, (_, choice) in groups.items():
-        console.print(f"{name}: {choice.text}" if name else choice.text, soft_wrap=True, highlight=False, markup=False)
+    for group in groups:
+        text = group.recommendation.text
+        console.print(f"{group.name}: {text}" if group.name else text, soft_wrap=True, highlight=False, markup=False)
     write_csv(rows, folder / "compare.csv")
     written = [str(folder / "compare.csv")]
     figure = make_figure(rows)
