@@ -1,15 +1,13 @@
 """The matrices that the registry's champion has, to be judged beside the new ones."""
 
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 
 from torch import Tensor
 
 from sere.calibration_jobs.facts import JobFacts
 from sere.conf.errors import ConfigError
-from sere.ops.similarity import SimilarityArtifact
-from sere.pipeline.tracking.registry import CHAMPION, REGISTRY_SCHEME, alias_version, resolve_artifact
+from sere.pipeline.tracking.artifacts import load_artifact
+from sere.pipeline.tracking.registry import CHAMPION, REGISTRY_SCHEME, alias_version
 
 
 @dataclass(frozen=True)
@@ -33,10 +31,7 @@ def read_champion(job: JobFacts) -> Champion | None:
     version = alias_version(config.tracking.uri, job.name, CHAMPION, not_from=job.run_id)
     if version is None:
         return None
-    with tempfile.TemporaryDirectory(prefix="sere-champion-") as scratch:
-        uri = f"{REGISTRY_SCHEME}{job.name}/{version}"
-        file = resolve_artifact(uri, tracking_uri=config.tracking.uri, folder=Path(scratch))
-        artifact = SimilarityArtifact.load(file)
+    artifact = load_artifact(f"{REGISTRY_SCHEME}{job.name}/{version}", uri=config.tracking.uri)
     artifact.check_model(num_experts=job.model.num_experts, digest=job.model.digest)
     metric = config.judge.metric
     if metric not in artifact.metrics:

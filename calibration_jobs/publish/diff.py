@@ -6,7 +6,7 @@ from sere.calibration_jobs.judge.agreement import agreement
 from sere.calibration_jobs.publish.numbers import reference_errors
 from sere.calibration_jobs.publish.tables import manifest_rows, new_table
 from sere.conf.errors import ConfigError
-from sere.pipeline.compare.artifacts import load_artifact
+from sere.pipeline.tracking.artifacts import load_artifact
 
 if TYPE_CHECKING:
     from rich.console import Console

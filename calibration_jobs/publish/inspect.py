@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from sere.calibration_jobs.publish.pictures import all_pictures
 from sere.calibration_jobs.publish.tables import manifest_rows, new_table, quality_tables
 from sere.conf.errors import ConfigError
-from sere.pipeline.compare.artifacts import load_artifact
+from sere.pipeline.tracking.artifacts import load_artifact
 
 if TYPE_CHECKING:
     from rich.console import Console

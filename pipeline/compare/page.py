@@ -11,10 +11,10 @@ from typing import Any
 from sere.conf.errors import ConfigError
 from sere.conf.whole_file import written_whole
 from sere.pipeline.compare import charts
-from sere.pipeline.compare.artifacts import load_artifact
 from sere.pipeline.compare.heatmaps import heatmaps
 from sere.pipeline.compare.pareto import Group
 from sere.pipeline.compare.runs import Row, difference
+from sere.pipeline.tracking.artifacts import load_artifact
 from sere.pipeline.tracking.runs import read_history
 
 _MAX_HEATMAPS = 4
