@@ -10,7 +10,7 @@ from torch import Tensor
 from sere.calibration_jobs.judge.agreement import off_diagonal
 from sere.calibration_jobs.metrics.base import Matrices
 from sere.conf.schema import JudgeConfig, Metric, RerouteConfig
-from sere.ops.policies.random import random_similarity
+from sere.ops.policies.targets import random_similarity
 
 RANDOM = "random"
 """The control: re-routing to a random primary expert."""

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from sere.calibration_jobs.capture.batches import pad_rows
 from sere.calibration_jobs.capture.experts import ExpertsCall, intercept_experts
 from sere.calibration_jobs.judge.candidates import Emulated
-from sere.ops.policies import POLICIES
-from sere.ops.policies.base import LayerInfo, Policy
+from sere.ops.policies.policy import LayerInfo, Policy
 from sere.ops.reference import DECODE, PADDING
 
 SUMS = ("nll", "kl", "agreement", "tokens", "active_experts", "layer_steps")
@@ -51,8 +50,8 @@ class PolicyRouter:
                 device=torch.device("cpu"),
             )
             matrices = self._emulated.matrices
-            similarity = matrices[call.layer] if matrices is not None else None
-            self._policies[call.layer] = POLICIES[self._emulated.reroute.policy](self._emulated.reroute, layer, similarity)
+            tables = {self._emulated.reroute.metric: matrices[call.layer]} if matrices is not None else None
+            self._policies[call.layer] = Policy(self._emulated.reroute, layer, tables)
         return self._policies[call.layer]
 
     def __call__(self, call: ExpertsCall) -> Tensor:

@@ -8,7 +8,9 @@ from sere.conf.schema.calibrate import CalibrateConfig, JudgeConfig
 from sere.conf.schema.data import DataFormat
 from sere.conf.schema.engine import EngineConfig
 from sere.conf.schema.generate import GenerateConfig
-from sere.conf.schema.reroute import METRICS, Metric, PolicyName, RerouteConfig
+from sere.conf.schema.named import PolicyName
+from sere.conf.schema.reroute import RerouteConfig
+from sere.conf.schema.rules import METRICS, Metric, Rules
 from sere.conf.schema.sampling import SamplingConfig, StructuredOutputConfig
 from sere.conf.schema.sweep import SweepConfig
 from sere.conf.schema.tracking import TrackingConfig
@@ -23,6 +25,7 @@ __all__ = [
     "Metric",
     "PolicyName",
     "RerouteConfig",
+    "Rules",
     "SamplingConfig",
     "StructuredOutputConfig",
     "SweepConfig",

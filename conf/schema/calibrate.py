@@ -7,7 +7,7 @@ from typing import Any, Literal
 from sere.conf.errors import ConfigError
 from sere.conf.schema.checks import at_least, one_of
 from sere.conf.schema.data import DataFormat
-from sere.conf.schema.reroute import METRICS, Metric
+from sere.conf.schema.rules import METRICS, Metric
 from sere.conf.schema.tracking import TrackingConfig
 
 

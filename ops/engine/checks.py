@@ -11,7 +11,6 @@ import torch
 from sere.conf.errors import ConfigError
 from sere.conf.schema import RerouteConfig
 from sere.ops.engine.roles import metadata_gives_counts, metadata_gives_starts
-from sere.ops.policies import POLICIES
 
 
 def refuse_engine_modes(vllm_config: Any, config: RerouteConfig, device: torch.device) -> None:
@@ -19,7 +18,6 @@ def refuse_engine_modes(vllm_config: Any, config: RerouteConfig, device: torch.d
     import vllm.envs as envs
 
     parallel = vllm_config.parallel_config
-    devices = POLICIES[config.policy].devices
     refusals = [
         (
             envs.VLLM_BATCH_INVARIANT,
@@ -51,7 +49,7 @@ def refuse_engine_modes(vllm_config: Any, config: RerouteConfig, device: torch.d
             "kv_sharing_fast_prefill to false",
         ),
         (
-            devices is not None and device.type not in devices,
+            device.type not in ("cpu", "cuda") and config.rules().targets.rule != "drop_unvoted",
             f"policy {config.policy!r} has no kernel for {device.type}: run it on an NVIDIA GPU or on the CPU, or use policy "
             "'none' or 'top_k'",
         ),

@@ -12,8 +12,7 @@ from sere.ops.engine.checks import find_attention_layer, refuse_engine_modes, re
 from sere.ops.engine.counters import CounterFile
 from sere.ops.engine.roles import TokenRoles, fill_from_metadata
 from sere.ops.model_digest import model_digest
-from sere.ops.policies import POLICIES
-from sere.ops.policies.base import LayerInfo, Policy
+from sere.ops.policies.policy import LayerInfo, Policy
 from sere.ops.similarity import SimilarityArtifact
 
 logger = logging.getLogger("vllm.sere")
@@ -63,7 +62,7 @@ class EngineState:
         """
         from vllm.platforms import current_platform
 
-        self.config = RerouteConfig.from_dict(settings)
+        self.config = RerouteConfig.from_dict(settings).resolved()
         self.device = torch.device(current_platform.device_type)
         refuse_engine_modes(vllm_config, self.config, self.device)
         self._model = vllm_config.model_config.model
@@ -72,8 +71,7 @@ class EngineState:
             from sere.ops.kernels import cuda
 
             cuda.warm_up(torch.device("cuda", torch.cuda.current_device()))
-        if POLICIES[self.config.policy].needs_similarity:
-            assert self.config.similarity is not None
+        if self.config.similarity is not None and self.config.needs_tables:
             self.artifact = SimilarityArtifact.load(self.config.similarity)
         compilation, scheduler = vllm_config.compilation_config, vllm_config.scheduler_config
         speculative = vllm_config.speculative_config
@@ -121,18 +119,18 @@ class EngineState:
             renormalize=None if renormalize is None else bool(renormalize),
             device=self.device,
         )
-        similarity = None
+        tables = None
         if self.artifact is not None:
             if not self.layers:
                 digest = model_digest(self._model) if self.config.check_model else None
                 self.artifact.check_model(num_experts=info.num_experts, digest=digest)
-            similarity = self.artifact.matrix(index, self.config.metric)
-            if similarity.shape[0] != info.num_experts:
+            tables = {name: self.artifact.matrix(index, name) for name in self.artifact.metrics}
+            if self.artifact.num_experts != info.num_experts:
                 raise ConfigError(
-                    f"layer {index} has {info.num_experts} experts, its similarity matrix {similarity.shape[0]}: "
+                    f"layer {index} has {info.num_experts} experts, the artifact's layers {self.artifact.num_experts}: "
                     "use the artifact of this model"
                 )
-        self.layers[index] = LayerState(POLICIES[self.config.policy](self.config, info, similarity), self.roles)
+        self.layers[index] = LayerState(Policy(self.config, info, tables), self.roles)
         return self.layers[index]
 
     def status(self) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """Re-routing on the CPU, in torch operations whose shapes depend on the data: not for a GPU, which would be waited for."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -35,3 +37,8 @@ def reroute(
     if roles is not None:
         changeable.logical_and_((roles == DECODE).unsqueeze(1))
     return torch.where(changeable, rerouted, topk_ids)
+
+
+def compiled_step(rules: Any, layer: Any, similarity: Tensor | None, tables: Any) -> Any:
+    """A whole step in compiled code; None: torch's operations do it."""
+    return None

@@ -4,12 +4,17 @@ A launch allocates nothing, waits for nothing, and reads nothing that changes fr
 recorded in a CUDA graph; compile and launch once before that (`warm_up`).
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from sere.conf.errors import ConfigError
+from sere.conf.schema.rules import Rules
 from sere.ops.kernels.compile import compiled
 from sere.ops.kernels.counting import COUNTERS
-from sere.ops.kernels.neighbours import NEIGHBOURS_PER_SEARCH, sorted_neighbours
+from sere.ops.kernels.neighbours import NEIGHBOURS_PER_SEARCH, neighbours_of, sorted_neighbours
 from sere.ops.reference import DECODE, PADDING, PREFILL, reroute_reference
 
 # Bounds of reroute.cu.
@@ -181,3 +186,55 @@ def _agrees_with_reference(device: torch.device) -> bool:
         expected = reroute_reference(weights, ids, similarity, primary_top_k=2, threshold=0.5, roles=expected_roles)
         right &= torch.equal(new_ids.cpu().long(), expected)
     return right
+
+
+class LaunchedStep:
+    """A policy's whole step in one launch of `reroute.cu`, counters included."""
+
+    def __init__(self, num_experts: int, primary_top_k: int, neighbours: Tensor | None) -> None:
+        self.num_experts, self.primary_top_k, self.neighbours = num_experts, primary_top_k, neighbours
+
+    def __call__(
+        self,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        router_logits: Tensor,
+        roles: Tensor,
+        *,
+        step: Tensor | None,
+        counters: Tensor | None,
+        difference: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        if topk_ids.dtype == torch.uint32:
+            topk_ids = topk_ids.view(torch.int32)
+        ids = topk_ids.contiguous()
+        reroute(
+            topk_weights.float().contiguous(),
+            ids,
+            self.neighbours,
+            num_experts=self.num_experts,
+            primary_top_k=self.primary_top_k,
+            new_ids=ids,
+            roles=roles,
+            step=step,
+            counters=counters,
+        )
+        return topk_weights, ids
+
+
+def launched_step(rules: Rules, layer: Any, similarity: Tensor | None, tables: Mapping[str, Tensor]) -> LaunchedStep | None:
+    """The kernel for a policy; None for those that torch's operations do."""
+    if layer.num_experts > MAX_EXPERTS or layer.top_k > MAX_TOP_K:
+        raise ConfigError(
+            f"layer {layer.index} has {layer.num_experts} experts and top_k {layer.top_k}, the CUDA kernel takes at most "
+            f"{MAX_EXPERTS} and {MAX_TOP_K}: remove `sere` from additional_config"
+        )
+    votes = rules.votes
+    if votes.rule == "all":
+        return LaunchedStep(layer.num_experts, layer.top_k, None)
+    whole = votes.rule == "top" and not votes.by_batch and votes.order == "weight" and votes.primary_top_k % 1 == 0
+    if not whole or votes.protect or similarity is None or rules.weights != "keep" or rules.compensation.rule != "none":
+        return None
+    least = rules.targets.threshold if rules.targets.rule == "similar" else 0.0
+    neighbours = neighbours_of(similarity, least) if votes.primary_top_k < layer.top_k else None
+    return LaunchedStep(layer.num_experts, int(votes.primary_top_k), neighbours)

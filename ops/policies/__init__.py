@@ -1,18 +1,4 @@
-"""Routing policies: what happens to the experts a router selected. One file per family, chosen by name from `POLICIES`."""
+"""Routing policies: votes x targets x weights x compensation, one file per family of rules. Read policy.py first.
 
-from typing import TYPE_CHECKING
-
-from sere.conf.lazy_table import LazyTable
-
-if TYPE_CHECKING:
-    from sere.ops.policies.base import Policy
-
-POLICIES: "LazyTable[type[Policy]]" = LazyTable(
-    "policy",
-    {
-        "none": "sere.ops.policies.none:NonePolicy",
-        "sere": "sere.ops.policies.sere:SerePolicy",
-        "top_k": "sere.ops.policies.top_k:TopKPolicy",
-        "random": "sere.ops.policies.random:RandomPolicy",
-    },
-)
+What a policy's name stands for is in `sere.conf.schema.named`.
+"""

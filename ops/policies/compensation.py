@@ -1,0 +1,65 @@
+"""What is added for experts that were taken away: their mean outputs, or low-rank surrogates of them."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from sere.conf.errors import ConfigError
+from sere.conf.schema.rules import Compensation
+
+
+class Compensator:
+    """Adds D mu, or D (mu_r + U_r V_r x), to the output of a layer's routed experts, in the units of the routing weights.
+
+    D is what each expert's weight has lost in each row. Kin of MoNE's mean outputs (arXiv 2507.00390), which rank 0 is.
+    """
+
+    def __init__(
+        self, compensation: Compensation, tables: Mapping[str, Tensor], *, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        """Take what the rank needs out of a layer's tables.
+
+        Args:
+            compensation: mean, or surrogate with a rank of 1 or more.
+            tables: means, or surrogate_in, surrogate_out `[num_experts * R, hidden_size]` and surrogate_means.
+            device: Where the layer runs.
+            dtype: Of the layer's activations; the tables are kept in bfloat16 or, if it is float32, in that.
+
+        Raises:
+            ConfigError: if the artifact has surrogates of a lower rank only.
+        """
+        self.rank = compensation.rank if compensation.rule == "surrogate" else 0
+        if not self.rank:
+            self.means = tables["means"].to(device, dtype).contiguous()
+            return
+        stored = len(tables["surrogate_means"])
+        if self.rank > stored:
+            raise ConfigError(
+                f"compensation.rank must be at most {stored}, the artifact's surrogate_rank, got {self.rank}: lower it, or "
+                f"calibrate with surrogate_rank={self.rank}"
+            )
+        self.means = tables["surrogate_means"][self.rank - 1].to(device, dtype).contiguous()
+        self.inputs, self.outputs = (
+            tables[name].unflatten(0, (-1, stored))[:, : self.rank].flatten(0, 1).to(device, dtype).contiguous()
+            for name in ("surrogate_in", "surrogate_out")
+        )
+
+    def add(self, output: Tensor, hidden_states: Tensor, difference: Tensor, share: float = 1.0) -> Tensor:
+        """The compensated output.
+
+        Args:
+            output: Of the routed experts, `[num_tokens, hidden_size]`, before it is summed over ranks and scaled.
+            hidden_states: Their input, same shape.
+            difference: float32 `[num_tokens, num_experts]`: what each expert's weight has lost.
+            share: Of this rank: 1 / n where n ranks' outputs are summed.
+
+        Returns:
+            A new tensor like `output`.
+        """
+        lost = difference.to(self.means.dtype)
+        added = lost @ self.means
+        if self.rank:
+            projections = hidden_states.to(self.means.dtype) @ self.inputs.T
+            added = torch.addmm(added, projections * lost.repeat_interleave(self.rank, dim=1), self.outputs)
+        return output + (added * share).to(output.dtype)
