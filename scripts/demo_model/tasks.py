@@ -8,7 +8,7 @@ import hashlib
 import random
 import string
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -100,13 +100,13 @@ TASKS: dict[str, Callable[[random.Random], tuple[str, str]]] = {
 }
 
 
-def examples(split: Split, seed: int) -> Iterator[tuple[str, str, str]]:
-    """Endless `(task, prompt, answer)` of one split, the tasks in turn."""
+def examples(split: Split, seed: int, tasks: Sequence[str] = tuple(TASKS)) -> Iterator[tuple[str, str, str]]:
+    """Endless `(task, prompt, answer)` of one split, the named tasks in turn."""
     rng = random.Random(f"{split}-{seed}")
     while True:
-        for task, make in TASKS.items():
+        for task in tasks:
             while True:
-                question, answer = make(rng)
+                question, answer = TASKS[task](rng)
                 prompt = f"{task} {question}="
                 if split_of(prompt) == split:
                     break

@@ -1,21 +1,11 @@
 """The bundled model and datasets are what the documentation says."""
 
-import sys
-
 import pyarrow.parquet as pq
 import pytest
 
 from tests.conftest import DEMO_MODEL, ROOT
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture
-def scripts(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "scripts" / "demo_model"))
-    yield
-    for name in ("tasks", "train"):
-        sys.modules.pop(name, None)
 
 
 def test_datasets_are_held_out_and_disjoint(scripts):
