@@ -1,4 +1,4 @@
-"""Every policy: what it may change, and what makes it the control it is."""
+"""Every policy: the torch operations against the reference, and what makes each rule what it is."""
 
 from typing import get_args
 
@@ -7,64 +7,144 @@ import torch
 from hypothesis import given, settings
 
 from sere.conf.errors import ConfigError
-from sere.conf.schema import PolicyName, RerouteConfig
-from sere.ops.policies import POLICIES
-from sere.ops.policies.base import LayerInfo
-from sere.ops.reference import DECODE, reroute_reference
+from sere.conf.schema import RerouteConfig
+from sere.conf.schema.named import NAMED, PolicyName
+from sere.ops.policies.policy import LayerInfo, Policy
+from sere.ops.policies.scoring import Scoring
+from sere.ops.policies.weights import difference_of
+from sere.ops.reference import DECODE, reroute_reference, route_reference
 from tests.examples import examples
-from tests.ops.strategies import Step, steps
+from tests.ops.strategies import PolicyStep, Step, policy_steps, steps
+
+SOFTMAX = Scoring(function="softmax")
 
 
-def make(name, step=None, *, num_experts=None, top_k=None, renormalize=True, primary_top_k=1, threshold=0.0, seed=0, index=0):
-    num_experts = num_experts or step.similarity.shape[0]
+def make(name, *, num_experts=64, top_k=8, renormalize=True, index=0, scoring=SOFTMAX, tables=None, **settings):
     layer = LayerInfo(
         index=index,
         num_experts=num_experts,
-        top_k=top_k or step.topk_ids.shape[1],
+        top_k=top_k,
         renormalize=renormalize,
         device=torch.device("cpu"),
+        scoring=scoring,
     )
-    config = RerouteConfig(policy=name, similarity="x", primary_top_k=primary_top_k, threshold=threshold, seed=seed)
-    return POLICIES[name](config, layer, step.similarity if step is not None else None)
+    return Policy(RerouteConfig(policy=name, similarity="x", **settings), layer, tables)
 
 
 def all_roles(step: Step):
     return torch.full(step.topk_ids.shape[:1], DECODE, dtype=torch.int8) if step.roles is None else step.roles
 
 
-@pytest.mark.parametrize("name", sorted(POLICIES))
+def dense(weights, ids, num_experts):
+    """Weight by expert, `[num_tokens, num_experts]`: what a layer computes with."""
+    total = torch.zeros(len(ids), num_experts + 1, dtype=torch.float64)
+    target = torch.where(ids >= 0, ids.long(), num_experts)
+    return total.scatter_add_(1, target, weights.double())[:, :num_experts]
+
+
+@settings(max_examples=examples(300), deadline=None)
+@given(step=policy_steps())
+def test_equals_the_reference(step: PolicyStep):
+    before = step.topk_weights.clone(), step.topk_ids.clone()
+    weights, ids = step.policy().route(step.topk_weights, step.topk_ids, step.logits, step.roles)
+    expected_weights, expected_ids = step.expected()
+    assert torch.equal(ids, expected_ids) and ids.dtype == step.topk_ids.dtype
+    torch.testing.assert_close(weights, expected_weights, rtol=1e-6, atol=0)
+    assert torch.equal(step.topk_weights, before[0]) and torch.equal(step.topk_ids, before[1])
+
+
+@settings(max_examples=examples(200), deadline=None)
+@given(step=policy_steps())
+def test_what_holds_for_every_policy(step: PolicyStep):
+    weights, ids = step.policy().route(step.topk_weights, step.topk_ids, step.logits, step.roles)
+    rest = step.roles != DECODE
+    assert torch.equal(weights[rest], step.topk_weights[rest]) and torch.equal(ids[rest], step.topk_ids[rest])
+    assert torch.equal(ids < 0, step.topk_ids < 0)
+    assert torch.equal(weights[ids < 0], step.topk_weights[ids < 0])
+    assert weights.isfinite().all()
+    used = ids >= 0
+    sums = [(w.double() * used).sum(1) for w in (step.topk_weights, weights)]
+    rules = step.reroute.rules(step.layer)
+    rule = ("renormalize" if step.renormalize else "keep") if rules.weights == "router" else rules.weights
+    if rule == "renormalize":
+        has_any = ((weights != 0) & used).any(1)
+        torch.testing.assert_close(sums[1][has_any], sums[0][has_any], rtol=1e-5, atol=1e-7)
+    elif rule == "keep" and rules.targets.rule in ("similar", "random", "least_loss"):
+        assert torch.equal(weights, step.topk_weights)
+    elif rule == "keep" and rules.targets.rule in ("drop", "drop_unvoted"):
+        assert (sums[1] <= sums[0] + 1e-6).all()
+
+
+@settings(max_examples=examples(100), deadline=None)
+@given(step=policy_steps(votes={"rule": "all"}))
+def test_where_all_slots_vote_nothing_changes(step: PolicyStep):
+    weights, ids = step.policy().route(step.topk_weights, step.topk_ids, step.logits, step.roles)
+    assert torch.equal(weights, step.topk_weights) and torch.equal(ids, step.topk_ids)
+    # By the rules themselves, too, not only by the short way out.
+    everyone = {"rule": "top", "primary_top_k": step.topk_ids.shape[1]}
+    config = RerouteConfig(policy="none", similarity="x", votes=everyone, targets=step.reroute.targets)
+    scores, selection = step.scoring.scores(step.logits)
+    weights, ids = route_reference(
+        config, step.topk_weights, step.topk_ids, scores, selection=selection, tables=step.tables, roles=step.roles
+    )
+    n = step.num_experts
+    torch.testing.assert_close(dense(weights, ids, n), dense(step.topk_weights, step.topk_ids, n), rtol=1e-6, atol=1e-9)
+
+
+@settings(max_examples=examples(200), deadline=None)
+@given(step=policy_steps())
+def test_own_keeps_voted_experts_repeats_none_and_fills_up(step: PolicyStep):
+    config = RerouteConfig(policy="none", similarity="x", votes=step.reroute.votes, targets={"rule": "own"})
+    policy = Policy(config, step.info(), step.tables)
+    weights, ids = policy.route(step.topk_weights, step.topk_ids, step.logits, step.roles)
+    _, selection = step.scoring.scores(step.logits)
+    ballot = policy._route(policy._step(step.topk_weights, step.topk_ids, step.logits, step.roles))[2]
+    for row in (step.roles == DECODE).nonzero().flatten().tolist():
+        before = [e for e in step.topk_ids[row].tolist() if e >= 0]
+        after = [e for w, e in zip(weights[row].tolist(), ids[row].tolist(), strict=True) if e >= 0 and w > 0]
+        assert len(set(after)) == len(after)
+        assert all(ballot[e] for e in after)
+        reachable = {e for e in ballot.nonzero().flatten().tolist() if selection[row, e].isfinite()} | set(before)
+        assert len({e for e in ids[row].tolist() if e >= 0}) >= min(len(before), len(reachable & set(_active(ballot))))
+
+
+def _active(ballot):
+    return ballot.nonzero().flatten().tolist()
+
+
+@settings(max_examples=examples(60), deadline=None)
+@given(
+    step=policy_steps(votes={"rule": "budget", "budget": 64, "first": True}),
+)
+def test_a_budget_above_the_union_changes_nothing(step: PolicyStep):
+    votes = {"budget": step.num_experts}
+    policy = Policy(RerouteConfig(policy="xshare", votes=votes), step.info())
+    weights, ids = policy.route(step.topk_weights, step.topk_ids, step.logits, step.roles)
+    assert torch.equal(weights, step.topk_weights) and torch.equal(ids, step.topk_ids)
+
+
+@settings(max_examples=examples(60), deadline=None)
+@given(step=policy_steps())
+def test_difference_is_what_each_expert_lost(step: PolicyStep):
+    policy = step.policy()
+    buffer = torch.full((len(step.topk_ids) + 2, step.num_experts), 7.0)
+    weights, ids = policy.route_and_count(step.topk_weights, step.topk_ids, step.logits, step.roles, difference=buffer)
+    n = step.num_experts
+    lost = dense(step.topk_weights, step.topk_ids, n) - dense(weights, ids, n)
+    lost[step.roles != DECODE] = 0
+    torch.testing.assert_close(buffer[: len(ids)].double(), lost, rtol=1e-5, atol=1e-6)
+    assert (buffer[len(ids) :] == 7).all()
+    routed = policy._step(step.topk_weights, step.topk_ids, step.logits, step.roles)
+    torch.testing.assert_close(difference_of(routed, weights, ids.long()).double(), lost, rtol=1e-5, atol=1e-6)
+
+
 @settings(max_examples=examples(40), deadline=None)
 @given(step=steps(max_tokens=40, max_experts=64))
-def test_only_decode_rows_change_and_arguments_stay(name, step):
-    roles = all_roles(step)
-    weights_before, ids_before = step.topk_weights.clone(), step.topk_ids.clone()
-    policy = make(name, step, primary_top_k=step.primary_top_k, threshold=step.threshold)
-    logits = torch.zeros(step.topk_ids.shape[0], step.similarity.shape[0])
-    weights, ids = policy.route(step.topk_weights, step.topk_ids, logits, roles)
-    assert torch.equal(step.topk_weights, weights_before)
-    assert torch.equal(step.topk_ids, ids_before)
-    assert weights.shape == weights_before.shape and weights.dtype == weights_before.dtype
-    assert ids.shape == ids_before.shape and ids.dtype == ids_before.dtype
-    rest = roles != DECODE
-    assert torch.equal(weights[rest], weights_before[rest])
-    assert torch.equal(ids[rest], ids_before[rest])
-    assert torch.equal(ids < 0, ids_before < 0)
-
-
-@pytest.mark.parametrize("name", ["none", "sere", "random", "top_k"])
-@settings(max_examples=examples(20), deadline=None)
-@given(step=steps(max_tokens=20, max_experts=32))
-def test_primary_top_k_equal_to_top_k_changes_nothing(name, step):
-    policy = make(name, step, primary_top_k=step.topk_ids.shape[1])
-    weights, ids = policy.route(step.topk_weights, step.topk_ids, torch.zeros(1), all_roles(step))
-    assert torch.equal(ids, step.topk_ids)
-    assert torch.equal(weights, step.topk_weights)
-
-
-@settings(max_examples=examples(40), deadline=None)
-@given(step=steps(max_tokens=40, max_experts=64))
-def test_sere_is_the_reference(step):
-    policy = make("sere", step, primary_top_k=step.primary_top_k, threshold=step.threshold)
+def test_sere_is_its_own_reference(step):
+    size = dict(num_experts=step.similarity.shape[0], top_k=step.topk_ids.shape[1])
+    policy = make(
+        "sere", tables={"cosine": step.similarity}, primary_top_k=step.primary_top_k, threshold=step.threshold, **size
+    )
     _, ids = policy.route(step.topk_weights, step.topk_ids, torch.zeros(1), all_roles(step))
     expected = reroute_reference(
         step.topk_weights,
@@ -83,7 +163,7 @@ def test_random_is_seeded_and_differs_per_layer_and_seed():
     roles = torch.full((16,), DECODE, dtype=torch.int8)
 
     def routed(**kwargs):
-        return make("random", num_experts=64, top_k=8, **kwargs).route(weights, ids, torch.zeros(1), roles)[1]
+        return make("random", primary_top_k=1, **kwargs).route(weights, ids, torch.zeros(1), roles)[1]
 
     assert torch.equal(routed(), routed())
     assert not torch.equal(routed(), routed(seed=1))
@@ -94,7 +174,11 @@ def test_random_replacement_is_uniform():
     weights, ids = torch.tensor([[0.9, 0.1], [0.9, 0.1]]), torch.tensor([[0, 2], [1, 2]])
     roles = torch.full((2,), DECODE, dtype=torch.int8)
     chosen = [
-        int(make("random", num_experts=3, top_k=2, seed=seed).route(weights, ids, torch.zeros(1), roles)[1][0, 1])
+        int(
+            make("random", num_experts=3, top_k=2, primary_top_k=1, seed=seed).route(weights, ids, torch.zeros(1), roles)[1][
+                0, 1
+            ]
+        )
         for seed in range(400)
     ]
     assert set(chosen) == {0, 1}
@@ -112,22 +196,22 @@ def test_top_k_drops_and_renormalizes():
     torch.testing.assert_close(plain, torch.tensor([[0.0, 0.6, 0.3]]))
 
 
-def test_primary_top_k_above_top_k_is_refused():
-    with pytest.raises(ConfigError, match=r"between 1 and the model's top_k \(8\), got 9"):
-        make("random", num_experts=64, top_k=8, primary_top_k=9)
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(name="random", primary_top_k=9), r"between 1 and the model's top_k \(8\), got 9"),
+        (dict(name="top_k", index=3, renormalize=None), "cannot tell whether the router of layer 3 renormalises"),
+        (dict(name="oea", index=3, scoring=None), "needs the router's scores of all experts, .* layer 3 .* use policy 'sere'"),
+        (dict(name="sere"), "needs cosine of layer 0, which the artifact lacks: calibrate"),
+        (dict(name="xshare", votes={"budget": 65}), r"votes.budget must be at most the model's experts \(64\), got 65"),
+    ],
+)
+def test_what_a_layer_refuses(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        make(**settings)
 
 
-def test_top_k_needs_to_know_whether_weights_are_renormalized():
-    with pytest.raises(ConfigError, match="cannot tell whether the router of layer 3 renormalises"):
-        make("top_k", num_experts=8, top_k=3, index=3, renormalize=None)
-    make("random", num_experts=8, top_k=3, renormalize=None)
-
-
-def test_table_of_policies():
-    assert set(POLICIES) == set(get_args(PolicyName))
-    assert len({POLICIES[name] for name in POLICIES}) == len(POLICIES)
-    assert "top_k" in POLICIES and "topk" not in POLICIES
-    with pytest.raises(ConfigError, match="unknown policy 'topk': valid are none, sere, top_k, random"):
-        POLICIES["topk"]
-    with pytest.raises(TypeError):
-        POLICIES["mine"] = POLICIES["none"]
+def test_names():
+    assert set(NAMED) == set(get_args(PolicyName))
+    assert not make("none").changes_routing and make("oea").changes_routing
+    assert not make("oea", primary_top_k=8).changes_routing
