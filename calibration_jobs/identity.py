@@ -5,6 +5,7 @@ from typing import Any
 
 from sere.conf.schema import CalibrateConfig
 from sere.pipeline.runtime.job_folder import JobKind
+from sere.pipeline.runtime.older_jobs import schema_defaults
 
 FINISHED, RUN, QUALITY, REMARKS = "finished.json", "run.json", "quality.json", "rows.jsonl"
 RESULTS = "results"
@@ -15,6 +16,9 @@ CALIBRATE = JobKind(
     results=RESULTS,
     folders={RESULTS: r".+\.safetensors"},
     settings_of_0_1=frozenset({"model_digest", "data_digest", "block_tokens"}),
+    # A job of version 0.1 has no sums for tables: it goes on to the similarities it was begun for.
+    absent={**schema_defaults(CalibrateConfig), "tables": []},
+    keeps=frozenset({"tables", "surrogate_rank", "surrogate_directions"}),
 )
 # What may differ between a job and its continuation: it changes where and how fast, not what. The digest of the tokens stands
 # for how the text was read.

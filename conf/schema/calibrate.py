@@ -10,6 +10,9 @@ from sere.conf.schema.data import DataFormat
 from sere.conf.schema.rules import METRICS, Metric
 from sere.conf.schema.tracking import TrackingConfig
 
+TABLES = ("norms", "protected", "beta", "folds", "means", "surrogates")
+"""What calibration can tell of a layer beside similarities; docs/calibration.md has the formulae."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JudgeConfig:
@@ -87,6 +90,14 @@ class CalibrateConfig:
     """Column that names each row's domain: measures whether one domain's matrices serve another. null: one domain."""
     metrics: tuple[str, ...] = METRICS
     """Similarity metrics to compute: some of frobenius, cosine, cka, and weights, which needs no text."""
+    tables: tuple[str, ...] = TABLES
+    """What else policies may need, from the same pass over the text: some of norms, protected, beta, folds, means and
+    surrogates. []: similarities only."""
+    surrogate_rank: int = 2
+    """Highest rank of the surrogates, 1 to 64; the artifact holds every rank up to it."""
+    surrogate_directions: int = 128
+    """Most directions of a layer's input that surrogates are fitted on; wider models are first projected on their leading
+    ones. Sums grow with its square."""
     num_sequences: int = 528
     """Usable rows that are read, in order, held-out ones included; fewer if the data has fewer."""
     sequence_length: int = 128
@@ -136,6 +147,13 @@ class CalibrateConfig:
             raise ConfigError(f"max_memory_gib must be above 0, got {self.max_memory_gib}")
         if not self.metrics or not set(self.metrics) <= set(METRICS):
             raise ConfigError(f"metrics must be some of {', '.join(METRICS)}, got {list(self.metrics)}")
+        if not set(self.tables) <= set(TABLES):
+            raise ConfigError(f"tables must be some of {', '.join(TABLES)}, got {list(self.tables)}")
+        if not 1 <= self.surrogate_rank <= min(64, self.surrogate_directions):
+            raise ConfigError(
+                f"surrogate_rank must be between 1 and 64 and at most surrogate_directions={self.surrogate_directions}, got "
+                f"{self.surrogate_rank}"
+            )
         if self.judge.held_out_rows and self.judge.metric not in self.metrics:
             raise ConfigError(f"judge.metric {self.judge.metric!r} must be one of metrics ({', '.join(self.metrics)})")
         if self.promote_if != "never" and not self.judge.held_out_rows:

@@ -12,6 +12,7 @@ from sere.conf.nested import flatten
 from sere.conf.schema import GenerateConfig, RerouteConfig
 from sere.pipeline.generate.parts import PART_NAMES, RESULTS
 from sere.pipeline.runtime.job_folder import JobKind
+from sere.pipeline.runtime.older_jobs import schema_defaults
 
 SIMILARITY = "similarity.safetensors"
 """The artifact, in the run directory: every node finds it there."""
@@ -25,6 +26,7 @@ GENERATE = JobKind(
     results=RESULTS,
     folders={RESULTS: PART_NAMES, SESSIONS: SESSION_NAMES, "logs": r"s\d+-r\d+\.log"},
     settings_of_0_1=frozenset({"model_digest", "batch_size", "sampling.max_tokens"}),
+    absent=schema_defaults(GenerateConfig),
 )
 # What may change between a run and its continuation, as it does not change what a row's answer is made with.
 _FREE = (

@@ -11,11 +11,12 @@ import re
 import socket
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from sere.conf.errors import ConfigError
 from sere.conf.nested import describe_difference, digest_of
+from sere.pipeline.runtime.older_jobs import settings_then
 from sere.pipeline.runtime.storage import Storage
 
 JOB_FILE = "job.json"
@@ -38,6 +39,10 @@ class JobKind:
     """For each folder, `results` among them, a pattern of the files' names."""
     settings_of_0_1: frozenset[str]
     """Some settings of every such job of version 0.1, whose job.json holds settings only."""
+    absent: Mapping[str, Any] = field(default_factory=dict)
+    """What a setting counts as that a job begun earlier lacks, as it did not exist then: JSON values, dotted keys."""
+    keeps: frozenset[str] = frozenset()
+    """Those of them in which a job begun earlier stays as it was, whatever is asked for now."""
 
 
 class JobFolder:
@@ -60,7 +65,9 @@ class JobFolder:
         self._overwrite = overwrite
         self._lock: Any = None
         self.digest = digest_of(self._settings)
-        """Of the settings: what results carry, to tell them from another job's."""
+        """Of the settings it was begun with: what results carry, to tell them from another job's. Known once it is open."""
+        self.kept: dict[str, Any] = {}
+        """Settings in which this job, begun before they existed, stays as it was, where others are asked for now."""
 
     def __enter__(self) -> "JobFolder":
         """Take the folder.
@@ -123,7 +130,11 @@ class JobFolder:
             self._refuse_other_files()
             self._note_job()
             return
-        is_same = before["settings"] == self._settings
+        then = settings_then(before["settings"], self._settings, kind.absent)
+        kept = {
+            key: then[key] for key in kind.keeps - set(before["settings"]) if key in then and then[key] != self._settings[key]
+        }
+        is_same = then == {**self._settings, **kept}
         is_finished = self.storage.get(kind.finished) is not None
         # The command that overwrote, given again, goes on with what it began.
         overwrites = self._overwrite and not (is_same and before["overwrites"] and not is_finished)
@@ -134,10 +145,12 @@ class JobFolder:
             for name in [kind.finished, *kind.files, *(name for folder in kind.folders for name in self._written(folder))]:
                 self.storage.remove(name)
             self._note_job()
-        elif not is_same:
+        elif is_same:
+            self.digest, self.kept = digest_of(before["settings"]), kept
+        else:
             raise ConfigError(
-                f"{self.storage.shown} holds another job ({describe_difference(before['settings'], self._settings)}): choose "
-                "another output, or set overwrite=true to throw it away"
+                f"{self.storage.shown} holds another job ({describe_difference(then, self._settings)}): choose another output, "
+                "or set overwrite=true to throw it away"
             )
 
     def _written(self, folder: str) -> list[str]:
