@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sere.calibration_jobs.judge.agreement import off_diagonal
 from sere.calibration_jobs.metrics.base import Matrices
-from sere.conf.schema import JudgeConfig, Metric, RerouteConfig
+from sere.conf.schema import METRICS, JudgeConfig, Metric, RerouteConfig
 from sere.ops.policies.targets import random_similarity
 
 RANDOM = "random"
@@ -47,10 +47,10 @@ class Emulated:
     """One policy whose decoding is emulated. `policies_of` fills it in."""
 
     name: str
-    """`UNMODIFIED`, `RANDOM`, `top_k`, or `sere` with a metric: `sere cosine`."""
+    """`UNMODIFIED`, or a policy's name; of policy sere with its metric: `sere cosine`."""
     reroute: RerouteConfig
-    matrices: Mapping[int, Tensor] | None = None
-    """float32 `[num_experts, num_experts]` by layer, for policy sere."""
+    tables: Mapping[int, Mapping[str, Tensor]] | None = None
+    """What is known of the experts, by layer and name of the metric or table."""
 
 
 def settings_of(candidates: Sequence[Candidate], *, primary_top_k: Sequence[int], batch_sizes: Sequence[int]) -> list[Setting]:
@@ -106,14 +106,21 @@ def transfer_candidates(config: JudgeConfig, matrices: Matrices, by_domain: Mapp
     return found + _random(config, found[0].matrices)
 
 
-def policies_of(config: JudgeConfig, matrices: Matrices, primary_top_k: Sequence[int]) -> list[Emulated]:
-    """What is emulated: the unmodified model, and for each S every metric, a random primary expert, and plain top-S."""
+def policies_of(
+    config: JudgeConfig, tables: Mapping[int, Mapping[str, Tensor]], primary_top_k: Sequence[int]
+) -> list[Emulated]:
+    """What is emulated: the unmodified model, and for each S the policies of `config.policies`, sere with every metric.
+
+    Policies whose tables were not calibrated are left out.
+    """
+    known = set.intersection(*(set(names) for names in tables.values()))
     found = [Emulated(UNMODIFIED, RerouteConfig(policy="none"))]
     for top_k in primary_top_k:
-        settings: dict[str, Any] = {"primary_top_k": top_k, "threshold": 0.0, "seed": config.seed}
-        for metric in dict.fromkeys(name for _, name in matrices):
-            reroute = RerouteConfig(policy="sere", similarity="in memory", metric=cast(Metric, metric), **settings)
-            found.append(Emulated(f"sere {metric}", reroute, _layers(matrices, metric)))
-        found.append(Emulated(RANDOM, RerouteConfig(policy="random", **settings)))
-        found.append(Emulated("top_k", RerouteConfig(policy="top_k", **settings)))
+        dials: dict[str, Any] = {"primary_top_k": top_k, "threshold": 0.0, "seed": config.seed, "min_tokens": 1}
+        for name in config.policies:
+            metrics = [metric for metric in METRICS if metric in known] if name == "sere" else [config.metric]
+            for metric in metrics:
+                reroute = RerouteConfig(policy=name, similarity="in memory", metric=cast(Metric, metric), **dials)
+                if known.issuperset(reroute.needs_tables):
+                    found.append(Emulated(f"sere {metric}" if name == "sere" else name, reroute, tables))
     return found

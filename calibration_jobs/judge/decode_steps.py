@@ -1,5 +1,7 @@
 """Many decode steps of one layer at once: which tokens share a step, how a step is re-routed, how many experts it needs."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -25,6 +27,45 @@ def decode_groups(valid: Tensor, batch_size: int) -> Tensor:
     index = torch.arange(num_sequences * length).view(num_sequences, length)[:kept].view(-1, batch_size, length)
     groups = index.transpose(1, 2).reshape(-1, batch_size)
     return groups[valid.flatten()[groups].all(dim=1)]
+
+
+def static_steps(lengths: Sequence[int], batch_size: int, width: int) -> Tensor:
+    """Decode steps of batches that run out: the n-th token of each of `batch_size` neighbouring rows, while they have one.
+
+    Args:
+        lengths: Decoded tokens of each row.
+        batch_size: Rows of a batch.
+        width: Row length of the flattened tokens.
+
+    Returns:
+        Indices into the flattened tokens, int64 `[num_steps, batch_size]`; -1: an empty place.
+    """
+    steps = []
+    for first in range(0, len(lengths), batch_size):
+        batch = lengths[first : first + batch_size]
+        steps += [_step(list(enumerate(batch, first)), position, batch_size, width) for position in range(max(batch))]
+    return torch.tensor(steps, dtype=torch.long).view(-1, batch_size)
+
+
+def _step(rows: list[tuple[int, int]], position: int, batch_size: int, width: int) -> list[int]:
+    step = [row * width + position if position < length else -1 for row, length in rows]
+    return step + [-1] * (batch_size - len(step))
+
+
+def refilled_steps(lengths: Sequence[int], batch_size: int, width: int) -> Tensor:
+    """Decode steps of an engine that never waits: a place whose row has ended takes the next row. As `static_steps`."""
+    waiting = iter([(row, length) for row, length in enumerate(lengths) if length])
+    places: list[tuple[int, int, int] | None] = [None] * batch_size
+    steps = []
+    while True:
+        for place, current in enumerate(places):
+            if current is None or current[1] == current[2]:
+                following = next(waiting, None)
+                places[place] = None if following is None else (following[0], 0, following[1])
+        if not any(places):
+            return torch.tensor(steps, dtype=torch.long).view(-1, batch_size)
+        steps.append([-1 if current is None else current[0] * width + current[1] for current in places])
+        places = [None if current is None else (current[0], current[1] + 1, current[2]) for current in places]
 
 
 def reroute_groups(

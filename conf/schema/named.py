@@ -62,6 +62,27 @@ PolicyName = Literal[
 ]  # fmt: skip
 
 
+def unused_settings(policy: str) -> set[str]:
+    """Keys of a `RerouteConfig` that a named policy, as it is, does not look at."""
+    named = NAMED[policy]
+    if policy == "none":
+        return {"similarity", "metric", "primary_top_k", "threshold", "phase", "min_tokens", "max_tokens", "seed"}
+    unused = {"similarity", "metric", "threshold", "seed", "primary_top_k"}
+    if named.votes["rule"] == "top":
+        unused -= {"primary_top_k"}
+    if named.targets == "similar":
+        unused -= {"metric", "threshold"}
+    if named.targets == "random":
+        unused -= {"seed"}
+    calibrated = (
+        named.targets in ("similar", "least_loss")
+        or named.compensation["rule"] != "none"
+        or named.votes.get("score") == "norm"
+        or named.votes["rule"] == "share"
+    )
+    return unused - {"similarity"} if calibrated else unused
+
+
 def make_rules(
     policy: str,
     *,
@@ -104,7 +125,7 @@ def _part(kind: type[Any], name: str, base: Mapping[str, Any], overrides: Mappin
     known = [entry.name for entry in fields(kind)]
     for key in overrides:
         if key not in known:
-            raise unknown_key(f"{name}.{key}", [f"{name}.{other}" for other in known], "reroute")
+            raise unknown_key(f"{name}.{key}", known, "reroute")
     rule = overrides.get("rule", base["rule"])
     by_rule = _DIALS[name]
     if rule not in by_rule:

@@ -154,7 +154,8 @@ class RerouteConfig:
             if isinstance(expected, (type, tuple)) and (
                 not isinstance(value, expected) or (isinstance(value, bool) and hint is not bool)
             ):
-                raise ConfigError(f"{key} must be {'a mapping' if expected is dict else hint.__name__}, got {value!r}")
+                names = {dict: "a mapping", (int, float): "a number"}
+                raise ConfigError(f"{key} must be {names.get(expected) or hint.__name__}, got {value!r}")
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
@@ -180,6 +181,6 @@ def _by_index(per_layer: Mapping[Any, Any]) -> dict[int, dict[str, Any]]:
             raise ConfigError(f"per_layer.{layer} must hold keys and values, got {values!r}")
         for key in values:
             if key not in _PER_LAYER:
-                raise unknown_key(f"per_layer.{layer}.{key}", [f"per_layer.{layer}.{name}" for name in _PER_LAYER], "reroute")
+                raise unknown_key(f"per_layer.{layer}.{key}", list(_PER_LAYER), "reroute")
         found[index] = dict(values)
     return found

@@ -16,6 +16,9 @@ _SHAPES = {
     "sere": "M-6 0a6 6 0 1 0 12 0a6 6 0 1 0-12 0Z",
     "random": "M-5.5-5.5h11v11h-11Z",
     "top_k": "M0-6.5L6.8 5.5H-6.8Z",
+    "sere_t": "M0-8L2.2-2.6L7.6-2.5L3.4 1.2L4.7 6.5L0 3.5L-4.7 6.5L-3.4 1.2L-7.6-2.5L-2.2-2.6Z",
+    "oea": "M-6.5-2h4.5v-4.5h4v4.5h4.5v4h-4.5v4.5h-4v-4.5h-4.5Z",
+    "other": "M0 6.5L6.8-5.5H-6.8Z",
 }
 # Where a point's number goes: the first place that is free, near ones first.
 _PLACES = [(math.cos(a) * r, math.sin(a) * r) for r in (18, 27, 38) for a in (-0.8, 0.8, 2.4, -2.4, 0, -1.57, 3.14, 1.57)]
@@ -99,9 +102,14 @@ def symbol(policy: str, *, on_front: bool = True) -> "Markup":
     return Markup(f'<svg class="symbol" viewBox="-9 -9 18 18" aria-hidden="true">{_mark(policy, on_front)}</svg>')
 
 
+def style_of(policy: str) -> str:
+    """What a policy's marks and lines are styled as: some have a style of their own."""
+    return policy if policy in _SHAPES else "other"
+
+
 def _mark(policy: str, on_front: bool) -> str:
-    style = policy if policy in _SHAPES else "other"
-    return f'<path class="mark p-{style}{"" if on_front else " off"}" d="{_SHAPES.get(policy, _SHAPES["sere"])}"/>'
+    style = style_of(policy)
+    return f'<path class="mark p-{style}{"" if on_front else " off"}" d="{_SHAPES[style]}"/>'
 
 
 def scatter(points: Sequence[Point], *, x_label: str, y_label: str) -> "Markup":

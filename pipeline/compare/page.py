@@ -18,7 +18,7 @@ from sere.pipeline.tracking.artifacts import load_artifact
 from sere.pipeline.tracking.runs import read_history
 
 _MAX_HEATMAPS = 4
-_NAMES = {"none": "unmodified", "sere": "sere", "random": "random (control)", "top_k": "top_k (control)"}
+_NAMES = {"none": "unmodified", "random": "random (control)", "top_k": "top_k (control)"}
 # What differs between any two runs, and says nothing about them.
 _UNTOLD = ("output", "tracking.", "reroute.stats_dir")
 
@@ -193,7 +193,11 @@ def _panels(rows: list[Row], numbers: dict[str, int], uri: str, metrics: tuple[s
     for row in rows:
         if row.run_id in histories:
             number, lines = numbers[row.run_id], histories[row.run_id]
-            drawn = [charts.Line(line, f"{style} p-{row.policy}") for line, style in zip(lines, styles, strict=True) if line]
+            drawn = [
+                charts.Line(line, f"{style} p-{charts.style_of(row.policy)}")
+                for line, style in zip(lines, styles, strict=True)
+                if line
+            ]
             label = f"{number}. {row.label}"
             chart = charts.panel(drawn, x_label=x_label, x_range=(min(steps), max(steps)), high=high, label=label)
             found.append((number, row.label, chart))

@@ -8,6 +8,7 @@ from typing import Any
 
 from sere.conf.nested import flatten
 from sere.conf.schema import GenerateConfig, RerouteConfig
+from sere.conf.schema.named import NAMED, unused_settings
 from sere.pipeline.compare.losses import Loss
 
 
@@ -68,7 +69,9 @@ _GROUP = (
     "engine.accelerator_type",
 )
 # Settings of which a label speaks only where they are not the default.
-_OPTIONAL = ("phase", "min_tokens", "max_tokens", "seed")
+_OPTIONAL = ("phase", "min_tokens", "max_tokens", "seed", "policy_file")
+# What overrides a policy's rules, key by key.
+_OVERRIDES = ("reroute.votes.", "reroute.targets.", "reroute.compensation.", "reroute.per_layer.")
 
 
 @functools.cache
@@ -90,11 +93,15 @@ def _label(params: dict[str, str], *, with_similarity: bool) -> tuple[str, str]:
     policy = params.get("reroute.policy", "none")
     if policy == "none":
         return "unmodified", "none"
-    parts = [f"{policy} S={params['reroute.primary_top_k']}"]
-    if policy == "sere":
+    unused = unused_settings(policy) if policy in NAMED else set()
+    parts = [policy if "primary_top_k" in unused else f"{policy} S={params['reroute.primary_top_k']}"]
+    if "threshold" not in unused:
         parts.append(f"{params['reroute.metric']} rho={float(params['reroute.threshold']):g}")
-        if with_similarity:
-            parts.append(params["reroute.similarity"])
+    if with_similarity and "similarity" not in unused:
+        parts.append(params["reroute.similarity"])
+    parts += [f"{name.removeprefix('reroute.')}={params[name]}" for name in sorted(params) if name.startswith(_OVERRIDES)]
+    if params.get("reroute.weights", "None") != "None":
+        parts.append(f"weights={params['reroute.weights']}")
     for field in dataclasses.fields(RerouteConfig):
         value = params.get(f"reroute.{field.name}", str(field.default))
         if field.name in _OPTIONAL and value != str(field.default):
@@ -107,7 +114,11 @@ def rows_of(runs: list[dict[str, Any]]) -> list[Row]:
 
     Runs that decode another model or data, or in other batches, are other configurations.
     """
-    used = {run["params"].get("reroute.similarity") for run in runs if run["params"].get("reroute.policy") == "sere"}
+    used = {
+        run["params"].get("reroute.similarity")
+        for run in runs
+        if (policy := run["params"].get("reroute.policy")) in NAMED and "similarity" not in unused_settings(policy)
+    }
     latest: dict[tuple[Any, ...], Row] = {}
     for run in runs:
         params = run["params"]

@@ -14,6 +14,7 @@ from sere.conf.errors import ConfigError
 from sere.conf.load import load_config
 from sere.conf.nested import digest_of, flatten
 from sere.conf.schema import GenerateConfig, SweepConfig
+from sere.conf.schema.named import NAMED, unused_settings
 from sere.pipeline.compare.report import compare
 from sere.pipeline.generate.driver import generate
 from sere.pipeline.generate.summary import print_summary
@@ -23,13 +24,6 @@ from sere.pipeline.tracking.tracker import resume, track
 if TYPE_CHECKING:
     from rich.console import Console
 
-# Settings that a policy does not look at.
-_IGNORED = {
-    "none": ("similarity", "metric", "primary_top_k", "threshold", "phase", "min_tokens", "max_tokens", "seed"),
-    "sere": ("seed",),
-    "top_k": ("similarity", "metric", "threshold", "seed"),
-    "random": ("similarity", "metric", "threshold"),
-}
 _SHORT = {"reroute.policy": "", "reroute.primary_top_k": "S", "reroute.metric": "", "reroute.threshold": "rho"}
 
 
@@ -74,7 +68,7 @@ def expand(config: SweepConfig) -> list[Point]:
         settings = dict(zip(grid, values, strict=True))
         for policy in ("none", settings.get("reroute.policy") or ""):
             point = {**settings, **({"reroute.policy": policy} if policy else {})}
-            ignored = {f"reroute.{name}" for name in _IGNORED.get(policy, ())}
+            ignored = {f"reroute.{name}" for name in (unused_settings(policy) if policy in NAMED else ())}
             point = {key: value for key, value in point.items() if key not in ignored}
             name = _name({"reroute.policy": policy, **point}).strip(",")
             if found.get(name, point) != point:

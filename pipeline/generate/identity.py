@@ -9,7 +9,7 @@ from typing import Any
 from sere.conf.errors import ConfigError
 from sere.conf.masking import mask_values
 from sere.conf.nested import flatten
-from sere.conf.schema import GenerateConfig, RerouteConfig
+from sere.conf.schema import GenerateConfig
 from sere.pipeline.generate.parts import PART_NAMES, RESULTS
 from sere.pipeline.runtime.job_folder import JobKind
 from sere.pipeline.runtime.older_jobs import schema_defaults
@@ -57,7 +57,8 @@ def job_settings(
     config: GenerateConfig, *, model_digest: str | None, fingerprints: dict[str, Any], artifact: bytes
 ) -> dict[str, Any]:
     """All that a row's answer depends on, as flat JSON values: of two jobs with equal settings one can go on with the other."""
-    values = dataclasses.asdict(config)
+    reroute = config.reroute.resolved() if config.reroute is not None else None
+    values = dataclasses.asdict(dataclasses.replace(config, reroute=reroute))
     for key in _FREE:
         del values[key]
     for key in _FREE_OF_ENGINE:
@@ -73,9 +74,9 @@ def job_settings(
     return json.loads(json.dumps(settings))
 
 
-def read_similarity(reroute: RerouteConfig | None, path: Path | None) -> bytes:
+def read_similarity(path: Path | None) -> bytes:
     """The artifact's bytes; empty where none is used."""
-    if reroute is None or reroute.policy != "sere" or path is None:
+    if path is None:
         return b""
     try:
         return (path / SIMILARITY if path.is_dir() else path).read_bytes()

@@ -44,16 +44,15 @@ def prepare_reroute(config: GenerateConfig, facts: ModelFacts, scratch: Path) ->
     Raises:
         ConfigError, SimilarityError: as every engine would at its start.
     """
-    reroute = config.reroute
-    if reroute is None:
+    if config.reroute is None:
         return None, b""
-    path = None
-    if reroute.policy == "sere":
+    reroute, path = config.reroute.resolved(), None
+    if reroute.needs_tables:
         assert reroute.similarity is not None
         path = resolve_artifact(reroute.similarity, tracking_uri=config.tracking.uri, folder=scratch)
         reroute = dataclasses.replace(reroute, similarity=str(path.absolute()))
     _check_reroute(reroute, facts)
-    return reroute, read_similarity(reroute, path)
+    return reroute, read_similarity(path)
 
 
 def check_stats_dir(reroute: RerouteConfig | None, storage: Storage) -> None:
@@ -65,15 +64,19 @@ def check_stats_dir(reroute: RerouteConfig | None, storage: Storage) -> None:
 
 
 def _check_reroute(config: RerouteConfig, facts: ModelFacts) -> None:
-    if config.policy != "none" and facts.top_k is not None and config.primary_top_k > facts.top_k:
-        raise ConfigError(f"primary_top_k must be between 1 and the model's top_k ({facts.top_k}), got {config.primary_top_k}")
-    if config.policy == "sere":
+    for layer in (None, *config.per_layer):
+        votes = config.rules(layer).votes
+        most = max(top_k for _, top_k in votes.steps()) if votes.rule == "top" else 1
+        if facts.top_k is not None and most > facts.top_k:
+            raise ConfigError(f"primary_top_k must be between 1 and the model's top_k ({facts.top_k}), got {most:g}")
+    if config.needs_tables:
+        from sere.ops.policies.requirements import check_artifact
         from sere.ops.similarity import SimilarityArtifact
 
         assert config.similarity is not None
         artifact = SimilarityArtifact.load(config.similarity)
         artifact.check_model(num_experts=artifact.num_experts, digest=facts.digest if config.check_model else None)
-        artifact.matrix(artifact.layers[0], config.metric)
+        check_artifact(config, artifact)
 
 
 def engine_arguments(config: GenerateConfig, reroute: RerouteConfig | None, *, on_gpu: bool) -> dict[str, Any]:

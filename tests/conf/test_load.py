@@ -114,9 +114,9 @@ def test_shipped_yaml_shows_every_key_and_its_command(name):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"policy": "magic"}, "policy must be one of none, sere, top_k, random, got 'magic'"),
-        ({"policy": "none", "primary_top_k": "2"}, "primary_top_k must be int, got '2'"),
-        ({"policy": "none", "threshold": True}, "threshold must be float, got True"),
+        ({"policy": "magic"}, "policy must be one of none, sere, oea, .*, got 'magic'"),
+        ({"policy": "none", "primary_top_k": "2"}, "primary_top_k must be a number, got '2'"),
+        ({"policy": "none", "threshold": True}, "threshold must be a number, got True"),
         ({"policy": "none", "check_model": 1}, "check_model must be bool, got 1"),
         ({"policy": "none", "phase": "prefill"}, "phase must be one of decode, all"),
         ({"polcy": "none"}, "unknown key 'polcy'.*did you mean 'policy'"),

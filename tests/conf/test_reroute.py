@@ -1,0 +1,105 @@
+"""What settings of a policy mean, and which make no sense."""
+
+import json
+
+import pytest
+
+from sere.conf.errors import ConfigError
+from sere.conf.schema import RerouteConfig
+from sere.conf.schema.named import NAMED, unused_settings
+from sere.conf.schema.rules import Compensation, Rules, Targets, Votes
+
+OWN = dict(policy="oea")
+
+
+def config(**values) -> RerouteConfig:
+    return RerouteConfig.from_dict(values)
+
+
+def test_a_config_of_earlier_means_what_it_meant():
+    found = config(policy="sere", similarity="x", metric="cka", primary_top_k=3, threshold=0.25).rules()
+    targets = Targets(rule="similar", metric="cka", threshold=0.25)
+    assert found == Rules(votes=Votes(rule="top", primary_top_k=3), targets=targets, weights="keep")
+    assert config(policy="random", seed=7).rules().targets == Targets(rule="random", seed=7)
+    assert config(policy="top_k").rules().weights == "router"
+
+
+def test_whole_numbers_stay_whole():
+    assert json.dumps(config(**OWN, primary_top_k=2.0).to_dict()["primary_top_k"]) == "2"
+    assert config(**OWN, primary_top_k=2.5).rules().votes.primary_top_k == 2.5
+
+
+def test_overrides_and_layers():
+    found = config(**OWN, votes={"by_batch": {"1": 4, "16": 2}}, per_layer={"3": {"primary_top_k": 1, "weights": "half"}})
+    assert found.rules(0).votes.steps() == ((1, 4.0), (16, 2.0)) and found.rules(0).weights == "renormalize"
+    assert found.rules(3).weights == "half"
+    other = config(**OWN, votes={"rule": "mass", "mass": 0.4}, per_layer={3: {"votes": {"mass": 0.6}}})
+    assert other.rules(1).votes == Votes(rule="mass", mass=0.4) and other.rules(3).votes == Votes(rule="mass", mass=0.6)
+    anew = config(**OWN, votes={"rule": "mass", "mass": 0.4}, per_layer={3: {"votes": {"rule": "share", "share": 0.5}}})
+    assert anew.rules(3).votes == Votes(rule="share", share=0.5)
+    assert RerouteConfig.from_dict(json.loads(json.dumps(anew.to_dict()))) == anew
+
+
+def test_rank_0_is_the_mean():
+    surrogate = config(policy="sere_t", similarity="x", compensation={"rank": 2})
+    assert surrogate.rules().compensation == Compensation(rule="surrogate", rank=2)
+    assert config(policy="sere_t", similarity="x").rules().compensation.rule == "mean"
+    assert set(surrogate.needs_tables) == {"surrogate_in", "surrogate_out", "surrogate_means"}
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_every_name_makes_rules(name):
+    budget = {"budget": 9} if NAMED[name].votes["rule"] == "budget" else {}
+    rules = config(policy=name, similarity="x", votes=budget).rules()
+    assert ("similarity" in unused_settings(name)) == (not rules.tables())
+    assert ("primary_top_k" in unused_settings(name)) == (rules.votes.rule != "top")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (dict(policy="sere"), "policy 'sere' needs similarity: the path of an artifact"),
+        (dict(policy="sere_t"), "policy 'sere_t' needs similarity.*means"),
+        (dict(policy="xshare"), "votes.budget must be at least 1"),
+        (dict(**OWN, votes={"rule": "share", "budget": 3}), "votes.budget is no dial of votes.rule=share"),
+        (dict(**OWN, votes={"rule": "tpo"}), "votes.rule must be one of all, top, mass"),
+        (dict(**OWN, votes={"mas": 1}), "unknown key 'votes.mas'.*did you mean 'mass'"),
+        (dict(**OWN, votes={"rule": "mass", "mass": 0}), "votes.mass must be above 0"),
+        (dict(**OWN, votes={"primary_top_k": "two"}), "votes.primary_top_k must be a number, got 'two'"),
+        (dict(**OWN, votes={"by_batch": {"a": 1}}), "votes.by_batch must map decode rows"),
+        (dict(**OWN, votes={"by_batch": {}}), "votes.by_batch must have 1 to 8 entries"),
+        (dict(**OWN, votes={"protect": 1}), "votes.protect must be true or false"),
+        (dict(**OWN, votes="top"), "votes must be a mapping, got 'top'"),
+        (dict(**OWN, weights="fold"), "weights 'fold' needs targets 'least_loss'"),
+        (dict(**OWN, weights="double"), "weights must be one of keep"),
+        (dict(**OWN, votes={"rule": "budget", "budget": 4}, targets={"rule": "drop"}), "leave rows without an expert"),
+        (dict(**OWN, compensation={"rule": "surrogate", "rank": 65}), "compensation.rank must be between 0"),
+        (dict(**OWN, compensation={"rule": "mean", "rank": 1}), "compensation.rank is no dial of compensation.rule=mean"),
+        (dict(**OWN, per_layer={"x": {}}), "per_layer must have layer indices"),
+        (dict(**OWN, per_layer={1: {"vots": {}}}), "unknown key 'per_layer.1.vots'.*did you mean 'votes'"),
+        (dict(**OWN, per_layer={1: {"primary_top_k": 0}}), "per_layer.1: primary_top_k must be at least 1"),
+        (dict(**OWN, policy_file="p.json"), "policy='oea' stands beside policy_file=p.json"),
+    ],
+)
+def test_what_makes_no_sense(values, message):
+    with pytest.raises(ConfigError, match=message):
+        config(**values)
+
+
+def test_policy_file(tmp_path):
+    file = tmp_path / "policy.json"
+    file.write_text(json.dumps({"policy": "oea", "primary_top_k": 3, "per_layer": {"2": {"primary_top_k": 4}}}))
+    found = config(policy_file=str(file), min_tokens=7).resolved()
+    assert (found.policy, found.primary_top_k, found.min_tokens, found.policy_file) == ("oea", 3, 7, None)
+    assert found.rules(2).votes.primary_top_k == 4
+    for content, message in (
+        ("{", "cannot be read as JSON"),
+        ("[]", "must hold keys and values"),
+        ('{"min_tokens": 4}', "unknown key 'min_tokens' in policy_file"),
+        ('{"policy": "sere_t"}', "policy_file .*policy 'sere_t' needs similarity"),
+    ):
+        file.write_text(content)
+        with pytest.raises(ConfigError, match=message):
+            config(policy_file=str(file)).resolved()
+    with pytest.raises(ConfigError, match="cannot be read as JSON"):
+        config(policy_file=str(tmp_path / "none.json")).resolved()
