@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 
 from sere.ops.model_digest import model_digest
 from sere.ops.similarity import FORMAT_VERSION, SimilarityArtifact, SimilarityError
+from sere.ops.similarity_checks import TABLES
 
 
 def matrix(seed=0, num_experts=6):
@@ -99,8 +100,80 @@ def test_other_format_version_is_refused(tmp_path):
     artifact().save(tmp_path / "a")
     text = json.dumps({**artifact().manifest, "format_version": FORMAT_VERSION + 1})
     save_file({"layers.0.cosine": matrix()}, tmp_path / "b", metadata={"manifest": text})
-    with pytest.raises(SimilarityError, match="format version 2"):
+    with pytest.raises(SimilarityError, match=f"format version {FORMAT_VERSION + 1}, this program reads 1 to {FORMAT_VERSION}"):
         SimilarityArtifact.load(tmp_path / "b")
+
+
+def with_tables(rank=2, hidden_size=5):
+    made = artifact(tables=list(TABLES), surrogate_rank=rank)
+    sizes = {"1": 1, "E": 6, "H": hidden_size, "R": rank, "ER": 6 * rank}
+    for layer in made.layers:
+        for name, table in TABLES.items():
+            values = torch.rand([sizes[dimension] for dimension in table.shape])
+            made.tables[layer, name] = values.round().to(table.dtype) if name == "protected" else values.to(table.dtype)
+    return made
+
+
+def test_tables_come_back(tmp_path):
+    saved = with_tables()
+    loaded = SimilarityArtifact.load(saved.save(tmp_path / "a"))
+    assert loaded.table_names == list(TABLES) and loaded.metrics == ["cosine", "cka"]
+    assert loaded.tables.keys() == saved.tables.keys() and loaded.matrices.keys() == saved.matrices.keys()
+    for key, table in saved.tables.items():
+        assert loaded.tables[key].dtype == table.dtype and torch.equal(loaded.tables[key], table)
+    of_layer = loaded.layer_tables(2)
+    assert set(of_layer) == {"cosine", "cka", *TABLES} and torch.equal(of_layer["norms"], saved.tables[2, "norms"])
+    with pytest.raises(SimilarityError, match="no matrix for layer 1"):
+        loaded.layer_tables(1)
+
+
+def test_format_1_is_read_and_saved_as_format_2(tmp_path):
+    old = artifact()
+    tensors = {f"layers.{layer}.{metric}": m for (layer, metric), m in old.matrices.items()}
+    save_file(tensors, tmp_path / "old", metadata={"manifest": json.dumps({**old.manifest, "format_version": 1})})
+    loaded = SimilarityArtifact.load(tmp_path / "old")
+    assert loaded.tables == {} and loaded.table_names == [] and set(loaded.layer_tables(0)) == {"cosine", "cka"}
+    again = SimilarityArtifact.load(loaded.save(tmp_path / "new"))
+    assert again.manifest["format_version"] == 2 and torch.equal(again.matrix(2, "cka"), old.matrix(2, "cka"))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("norms", lambda t: t.double(), r"must be torch.float32 \[6\], is torch.float64"),
+        ("norms", lambda t: -t - 1, r"outside \[0, inf\]"),
+        ("protected", lambda t: t + 2, r"outside \[-inf, 1\]"),
+        ("beta", lambda t: t.repeat(2), r"must be torch.float32 \[1\]"),
+        ("folds", lambda t: t * 100, r"outside \[-4, 4\]"),
+        ("fold_losses", lambda t: t[:5], r"must be torch.float32 \[6, 6\]"),
+        ("means", lambda t: t * float("nan"), "NaN"),
+        ("surrogate_in", lambda t: t[:6], r"must be torch.bfloat16 \[12, 5\]"),
+        ("surrogate_means", lambda t: t[..., :4], r"must be torch.bfloat16 \[2, 6, 5\]"),
+    ],
+)
+def test_wrong_table_is_refused_with_layer_and_remedy(tmp_path, name, change, message):
+    bad = with_tables()
+    bad.tables[2, name] = change(bad.tables[2, name].clone() + 0)
+    with pytest.raises(SimilarityError, match=f"table {name} of layer 2 .*{message}.*sere calibrate"):
+        bad.save(tmp_path / "a")
+    assert not list(tmp_path.iterdir())
+
+
+def test_missing_unknown_and_rankless_tables_are_refused(tmp_path):
+    missing = with_tables()
+    del missing.tables[0, "beta"]
+    with pytest.raises(SimilarityError, match="table beta of layer 0 is missing"):
+        missing.save(tmp_path / "a")
+    extra = with_tables()
+    extra.manifest["tables"].remove("beta")
+    with pytest.raises(SimilarityError, match="table beta of layer 0 is not in the manifest"):
+        extra.save(tmp_path / "a")
+    with pytest.raises(SimilarityError, match=r"does not know \(magic\)"):
+        artifact(tables=["magic"]).save(tmp_path / "a")
+    rankless = with_tables()
+    rankless.manifest["surrogate_rank"] = 0
+    with pytest.raises(SimilarityError, match="surrogate_rank of at least 1, has 0"):
+        rankless.save(tmp_path / "a")
 
 
 def test_model_must_match():

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sere.calibration_jobs.judge import decode_steps
-from sere.calibration_jobs.judge.decode_steps import decode_groups, reroute_groups
+from sere.calibration_jobs.judge.decode_steps import decode_groups, refilled_steps, reroute_groups, static_steps
 from sere.ops.reference import reroute_reference
 from tests.examples import examples
 
@@ -51,3 +51,26 @@ def test_blocks_do_not_change_the_result(monkeypatch):
     whole = reroute_groups(weights, ids, similarity, **arguments)
     monkeypatch.setattr(decode_steps, "_BLOCK_ELEMENTS", 100)
     assert torch.equal(reroute_groups(weights, ids, similarity, **arguments), whole)
+
+
+LENGTHS = st.lists(st.integers(0, 6), min_size=1, max_size=12)
+
+
+@settings(max_examples=examples(100), deadline=None)
+@given(lengths=LENGTHS, batch_size=st.integers(1, 5), refill=st.booleans())
+def test_every_token_is_decoded_once_and_in_order(lengths, batch_size, refill):
+    width = max(1, *lengths)
+    steps = (refilled_steps if refill else static_steps)(lengths, batch_size, width)
+    seen = [index for step in steps.tolist() for index in step if index >= 0]
+    assert sorted(seen) == [row * width + position for row, length in enumerate(lengths) for position in range(length)]
+    for row in range(len(lengths)):
+        own = [index for index in seen if index // width == row]
+        assert own == sorted(own)
+    for step in steps.tolist():
+        rows = [index // width for index in step if index >= 0]
+        assert len(set(rows)) == len(rows) <= batch_size
+
+
+def test_static_batches_run_out_and_places_are_refilled():
+    assert static_steps([3, 1, 2], 2, 3).tolist() == [[0, 3], [1, -1], [2, -1], [6, -1], [7, -1]]
+    assert refilled_steps([3, 1, 2], 2, 3).tolist() == [[0, 3], [1, 6], [2, 7]]
