@@ -40,7 +40,7 @@ def static_steps(lengths: Sequence[int], batch_size: int, width: int) -> Tensor:
     Returns:
         Indices into the flattened tokens, int64 `[num_steps, batch_size]`; -1: an empty place.
     """
-    steps = []
+    steps: list[list[int]] = []
     for first in range(0, len(lengths), batch_size):
         batch = lengths[first : first + batch_size]
         steps += [_step(list(enumerate(batch, first)), position, batch_size, width) for position in range(max(batch))]
@@ -56,7 +56,7 @@ def refilled_steps(lengths: Sequence[int], batch_size: int, width: int) -> Tenso
     """Decode steps of an engine that never waits: a place whose row has ended takes the next row. As `static_steps`."""
     waiting = iter([(row, length) for row, length in enumerate(lengths) if length])
     places: list[tuple[int, int, int] | None] = [None] * batch_size
-    steps = []
+    steps: list[list[int]] = []
     while True:
         for place, current in enumerate(places):
             if current is None or current[1] == current[2]:

@@ -128,7 +128,8 @@ class Rules:
 
     def tables(self) -> list[str]:
         """What must be known of a layer beside its routing: names of the artifact's metrics and tables."""
-        votes, targets, found = self.votes, self.targets, []
+        votes, targets = self.votes, self.targets
+        found: list[str] = []
         if targets.rule == "similar" and votes.rule != "all":
             found.append(targets.metric)
         if targets.rule == "least_loss":

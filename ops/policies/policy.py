@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sere.conf.errors import ConfigError
 from sere.conf.schema import RerouteConfig
-from sere.conf.schema.rules import Rules
+from sere.conf.schema.rules import Rules, WeightRule
 from sere.ops.kernels.counting import count_step
 from sere.ops.policies.scoring import Scoring
 from sere.ops.policies.targets import move, similarity_of
@@ -88,10 +88,9 @@ class Policy:
             }
             found = similarity_of(rules.targets, self._tables, layer.index, layer.num_experts)
             self.similarity = None if found is None else found.to(layer.device)
+        self.weight_rule: WeightRule = rules.weights
         if rules.weights == "router":
             self.weight_rule = "renormalize" if layer.renormalize else "keep"
-        else:
-            self.weight_rule = rules.weights
         self.fast = _fast_step(rules, layer, self.similarity, self._tables)
 
     @property
