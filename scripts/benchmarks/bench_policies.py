@@ -149,15 +149,19 @@ def ablation_variants(top_k: float) -> Iterator[Variant]:
         yield Variant(name, f"S={top_k:g}", reroute)
 
 
-def task_rows(tokenizer: Any, number: int) -> list[Answered]:
-    """Fresh rows of all tasks but `look`, whose answers the bundled model does not know well."""
+def fresh_tasks(number: int) -> list[tuple[str, str, str]]:
+    """Task, prompt and answer of rows that no training saw: of all tasks but `look`, which the bundled model does not know."""
     from tasks import TASKS, examples
 
-    chosen = examples("evaluation", 1, [task for task in TASKS if task != "look"])
-    return [
-        Answered(tuple(tokenizer.encode(prompt)), (*tokenizer.encode(answer), tokenizer.eos_token_id))
-        for _, prompt, answer in itertools.islice(chosen, number)
-    ]
+    return list(itertools.islice(examples("evaluation", 1, [task for task in TASKS if task != "look"]), number))
+
+
+def task_rows(tokenizer: Any, number: int) -> list[Answered]:
+    return [_answered(tokenizer, prompt, answer) for _, prompt, answer in fresh_tasks(number)]
+
+
+def _answered(tokenizer: Any, prompt: str, answer: str) -> Answered:
+    return Answered(tuple(tokenizer.encode(prompt)), (*tokenizer.encode(answer), tokenizer.eos_token_id))
 
 
 def text_rows(tokenizer: Any, number: int) -> list[Answered]:
@@ -179,6 +183,37 @@ def measure(chunks: list[AnswerEmulation], variants: list[Variant], tables: Any,
             result.add(chunk.run(emulated, batch_size=batch_size, refill=refill))
         results.append(result)
     return results
+
+
+def load(model: Path, artifact: Path) -> tuple[Any, Any, dict[int, Any]]:
+    """Model, tokenizer, and what the artifact knows by layer."""
+    import transformers
+
+    torch.set_num_threads(1)
+    transformers.utils.logging.disable_progress_bar()
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    loaded.set_experts_implementation("grouped_mm")
+    found = SimilarityArtifact.load(artifact)
+    tables = {layer: found.layer_tables(layer) for layer in found.layers}
+    return loaded, transformers.AutoTokenizer.from_pretrained(model), tables
+
+
+def chunks_of(model: Any, rows: list[Answered]) -> list[AnswerEmulation]:
+    """Rows as so many forward passes; whole batches in each."""
+    return [AnswerEmulation(model, rows[start : start + CHUNK_ROWS]) for start in range(0, len(rows), CHUNK_ROWS)]
+
+
+UNMODIFIED = Variant("none", "", RerouteConfig(policy="none"))
+
+
+def figures_of_tasks(
+    model: Path, artifact: Path, rows: list[tuple[str, str, str]], variants: list[Variant], *, batch_size: int
+) -> list[dict[str, Any]]:
+    """Figures of the unmodified model and of each variant, emulated on given rows in static batches."""
+    loaded, tokenizer, tables = load(model, artifact)
+    chunks = chunks_of(loaded, [_answered(tokenizer, prompt, answer) for _, prompt, answer in rows])
+    unmodified, *results = measure(chunks, [UNMODIFIED, *variants], tables, batch_size, False)
+    return [result.figures(unmodified, 0.0) for result in (unmodified, *results)]
 
 
 def table_of(rows: list[dict[str, Any]]) -> list[str]:
@@ -214,22 +249,14 @@ def main() -> None:
     import transformers
 
     arguments = parse()
-    torch.set_num_threads(1)
-    transformers.utils.logging.disable_progress_bar()
-    model = transformers.AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
-    model.set_experts_implementation("grouped_mm")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(arguments.model)
-    artifact = SimilarityArtifact.load(arguments.artifact)
-    tables = {layer: artifact.layer_tables(layer) for layer in artifact.layers}
+    model, tokenizer, tables = load(arguments.model, arguments.artifact)
     rows = (task_rows if arguments.data == "tasks" else text_rows)(tokenizer, arguments.rows)
-    chunks = [AnswerEmulation(model, rows[start : start + CHUNK_ROWS]) for start in range(0, len(rows), CHUNK_ROWS)]
+    chunks = chunks_of(model, rows)
     config = model.config.get_text_config()
     lines, found = [environment(f"transformers {transformers.__version__}"), ""], []
     for batch_size in arguments.batch_sizes:
         started = time.monotonic()
-        (unmodified,) = measure(
-            chunks, [Variant("none", "", RerouteConfig(policy="none"))], tables, batch_size, arguments.refill
-        )
+        (unmodified,) = measure(chunks, [UNMODIFIED], tables, batch_size, arguments.refill)
         if arguments.ablation:
             variants = [variant for top_k in arguments.top_k for variant in ablation_variants(top_k)]
         else:
