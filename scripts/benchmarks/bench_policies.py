@@ -48,6 +48,7 @@ ABLATION: dict[str, dict[str, Any]] = {
     "own, keep": {"targets": {"rule": "own"}, "weights": "keep"},
     "own, half": {"targets": {"rule": "own"}, "weights": "half"},
     "own, renormalize (oea)": {"targets": {"rule": "own"}, "weights": "renormalize"},
+    "own, renormalize, votes by selection": {"votes": {"order": "selection"}},
     **{
         f"{targets}, {weights}, {label}": {
             "targets": {"rule": targets, **({"threshold": 0.0} if targets == "similar" else {})},
