@@ -17,8 +17,9 @@ from sere.calibration_jobs.judge.candidates import Emulated
 from sere.calibration_jobs.judge.decode_steps import refilled_steps, static_steps
 from sere.calibration_jobs.judge.policy_router import PolicyRouter
 
-SUMS = ("nll", "kl", "agreement", "tokens", "active_experts", "layer_steps")
-"""What is summed for each configuration: over predicted tokens, and over steps and layers."""
+SUMS = ("nll", "kl", "agreement", "tokens", "active_experts", "layer_steps", "charged_experts")
+"""What is summed for each configuration: over predicted tokens, and over steps and layers. `charged_experts`: active ones, and
+what compensation reads, in experts."""
 ROW_FIGURES = ("nll", "kl", "agreement", "tokens", "correct")
 """What is summed for each row of text with answers. `correct`: tokens that are the model's first choice; a row is an exact
 match of greedy decoding where all are."""
@@ -52,7 +53,8 @@ def emulate(model: nn.Module, rows: Sequence[Sequence[int]], policies: Sequence[
             for figures in _figures(logits, unmodified, targets):
                 line[:3] += figures[:, :3].sum(0).cpu()
             counts = router.counts
-            line[3:] += torch.tensor([len(targets), counts["active_experts_after"], counts["steps"]], dtype=torch.float64)
+            active, steps = counts["active_experts_after"], counts["steps"]
+            line[3:] += torch.tensor([len(targets), active, steps, active + steps * router.charge], dtype=torch.float64)
     return sums
 
 
@@ -98,6 +100,8 @@ class Outcome:
     """float64 `[num_rows, len(ROW_FIGURES)]`."""
     counts: dict[str, int]
     """`COUNTERS`, summed over layers."""
+    charge: float
+    """As `PolicyRouter.charge`."""
 
 
 class AnswerEmulation:
@@ -155,4 +159,4 @@ class AnswerEmulation:
         tokens = torch.cat(list(_figures(logits, self._unmodified, self._targets[self._answered]))).cpu()
         row_of = torch.arange(len(self._rows)).repeat_interleave(self._answered.sum(1).cpu())
         rows = torch.zeros(len(self._rows), len(ROW_FIGURES), dtype=torch.float64).index_add_(0, row_of, tokens)
-        return Outcome(rows, router.counts)
+        return Outcome(rows, router.counts, router.charge)

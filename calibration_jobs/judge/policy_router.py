@@ -28,6 +28,8 @@ class PolicyRouter:
         self._steps = [step[step >= 0] for step in steps]
         self._layers: dict[int, tuple[Policy, Compensator | None]] = {}
         self._counters = torch.zeros(len(COUNTERS), dtype=torch.int64)
+        self.charge = 0.0
+        """What compensation reads in a step of a layer, in experts: all its tables, as if all were read; a mean over layers."""
 
     @property
     def counts(self) -> dict[str, int]:
@@ -52,6 +54,9 @@ class PolicyRouter:
             adds = compensation.rule != "none" and policy.changes_routing
             compensator = Compensator(compensation, tables, device=states.device, dtype=states.dtype) if adds else None
             self._layers[call.layer] = policy, compensator
+            if compensator is not None:
+                expert = sum(parameter.numel() for parameter in call.module.parameters()) / call.module.num_experts
+                self.charge += (compensator.num_values / expert - self.charge) / len(self._layers)
         return self._layers[call.layer]
 
     def __call__(self, call: ExpertsCall) -> Tensor:

@@ -66,6 +66,7 @@ def emulation_rows(results: Iterable[tuple[Task, Result]], policies: Sequence[Em
                     "kl": value["kl"] / value["tokens"],
                     "agreement": value["agreement"] / value["tokens"],
                     "active_experts": value["active_experts"] / value["layer_steps"],
+                    "charged_experts": value["charged_experts"] / value["layer_steps"],
                     "num_tokens": int(value["tokens"]),
                 }
             )

@@ -63,8 +63,9 @@ def overall_metrics(quality: dict[str, Any]) -> dict[str, float]:
     for row in quality.get("emulation", ()):
         key = f"{row['policy'].replace(' ', '_')}_B{row['batch_size']}"
         key += f"_S{row['primary_top_k']}" if row["primary_top_k"] else ""
-        for figure in ("perplexity", "kl", "agreement", "active_experts"):
-            values[f"emulation_{figure}/{key}"] = row[figure]
+        for figure in ("perplexity", "kl", "agreement", "active_experts", "charged_experts"):
+            if figure in row:
+                values[f"emulation_{figure}/{key}"] = row[figure]
     for metric, found in quality.get("transfer", {}).items():
         for place, first in enumerate(found["domains"]):
             for other, second in enumerate(found["domains"][:place]):

@@ -60,7 +60,8 @@ def quality_tables(quality: Mapping[str, Any]) -> list["Table"]:
         found.append(_held_out_table(quality))
     if quality.get("emulation"):
         table = new_table(
-            "Teacher-forced decode emulation", "policy", "batch", "S", "active experts", "perplexity", "KL", "same next token"
+            "Teacher-forced decode emulation",
+            *("policy", "batch", "S", "active experts", "charged", "perplexity", "KL", "same next token"),
         )
         for row in quality["emulation"]:
             table.add_row(
@@ -68,6 +69,7 @@ def quality_tables(quality: Mapping[str, Any]) -> list["Table"]:
                 str(row["batch_size"]),
                 str(row["primary_top_k"] or "-"),
                 f"{row['active_experts']:.1f}",
+                f"{row.get('charged_experts', row['active_experts']):.1f}",
                 f"{row['perplexity']:.4f}",
                 f"{row['kl']:.5f}",
                 f"{row['agreement']:.4f}",

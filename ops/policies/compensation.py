@@ -45,6 +45,11 @@ class Compensator:
             for name in ("surrogate_in", "surrogate_out")
         )
 
+    @property
+    def num_values(self) -> int:
+        """Numbers in all its tables: what a step reads at most."""
+        return self.means.numel() + (self.inputs.numel() + self.outputs.numel() if self.rank else 0)
+
     def add(self, output: Tensor, hidden_states: Tensor, difference: Tensor, share: float = 1.0) -> Tensor:
         """The compensated output.
 

@@ -88,13 +88,15 @@ class Result:
     variant: Variant
     rows: list[torch.Tensor] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)
+    charge: float = 0.0
 
     def add(self, outcome: Outcome) -> None:
         self.rows.append(outcome.rows)
+        self.charge = outcome.charge
         for name, value in outcome.counts.items():
             self.counts[name] = self.counts.get(name, 0) + value
 
-    def figures(self, unmodified: "Result", charge: float) -> dict[str, Any]:
+    def figures(self, unmodified: "Result") -> dict[str, Any]:
         """Paired figures against the unmodified model's."""
         ours, theirs = torch.cat(self.rows), torch.cat(unmodified.rows)
         tokens, correct = ROW_FIGURES.index("tokens"), ROW_FIGURES.index("correct")
@@ -110,7 +112,7 @@ class Result:
             "active": active,
             "active_all_steps": self.counts["active_experts_after"] / self.counts["steps"],
             "active_before": self.counts["pure_active_experts_before"] / max(1, self.counts["pure_steps"]),
-            "charged": active + charge,
+            "charged": active + self.charge,
             "loss": 100 * lost.mean().item(),
             "loss_low": 100 * (lost.mean().item() - width),
             "loss_high": 100 * (lost.mean().item() + width),
@@ -214,7 +216,7 @@ def figures_of_tasks(
     loaded, tokenizer, tables = load(model, artifact)
     chunks = chunks_of(loaded, [_answered(tokenizer, prompt, answer) for _, prompt, answer in rows])
     unmodified, *results = measure(chunks, [UNMODIFIED, *variants], tables, batch_size, False)
-    return [result.figures(unmodified, 0.0) for result in (unmodified, *results)]
+    return [result.figures(unmodified) for result in (unmodified, *results)]
 
 
 def table_of(rows: list[dict[str, Any]]) -> list[str]:
@@ -253,7 +255,6 @@ def main() -> None:
     model, tokenizer, tables = load(arguments.model, arguments.artifact)
     rows = (task_rows if arguments.data == "tasks" else text_rows)(tokenizer, arguments.rows)
     chunks = chunks_of(model, rows)
-    config = model.config.get_text_config()
     lines, found = [environment(f"transformers {transformers.__version__}"), ""], []
     for batch_size in arguments.batch_sizes:
         started = time.monotonic()
@@ -268,8 +269,8 @@ def main() -> None:
             variants = [*top_variants(arguments.top_k), *budget_variants(budgets), *other_variants()]
         variants = [variant for variant in variants if arguments.only in variant.family]
         results = measure(chunks, variants, tables, batch_size, arguments.refill)
-        figures = [result.figures(unmodified, charge_of(result.variant, config)) for result in results]
-        base = unmodified.figures(unmodified, 0.0)
+        figures = [result.figures(unmodified) for result in results]
+        base = unmodified.figures(unmodified)
         lines += [
             f"## Decode batch {batch_size}, {'refilled places' if arguments.refill else 'static batches'}",
             "",
@@ -282,15 +283,6 @@ def main() -> None:
         print("\n".join(lines[-len(figures) - 5 :]), flush=True)
         found.append({"batch_size": batch_size, "refill": arguments.refill, "unmodified": base, "policies": figures})
     report("Routing policies at equal active experts", lines, arguments.out, runs=found)
-
-
-def charge_of(variant: Variant, config: Any) -> float:
-    """What compensation reads, in experts: 2 r + 1 vectors for each expert, of the three matrices that an expert is."""
-    compensation = variant.reroute.rules().compensation
-    if compensation.rule == "none":
-        return 0.0
-    num_experts = getattr(config, "num_experts", None) or config.n_routed_experts
-    return (2 * compensation.rank + 1) * num_experts / (3 * config.moe_intermediate_size)
 
 
 if __name__ == "__main__":

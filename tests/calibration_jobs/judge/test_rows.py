@@ -48,7 +48,15 @@ def test_emulation_is_summed_by_the_tasks_decode_batch():
         Emulated("none", RerouteConfig(policy="none")),
         Emulated("top_k", RerouteConfig(policy="top_k", primary_top_k=2)),
     ]
-    value = {"nll": 2.0, "kl": 1.0, "agreement": 3.0, "tokens": 4.0, "active_experts": 6.0, "layer_steps": 2.0}
+    value = {
+        "nll": 2.0,
+        "kl": 1.0,
+        "agreement": 3.0,
+        "tokens": 4.0,
+        "active_experts": 6.0,
+        "layer_steps": 2.0,
+        "charged_experts": 7.0,
+    }
     sums = torch.tensor([[value[name] for name in emulation.SUMS]] * 2, dtype=torch.float64)
     found = emulation_rows([(task, ({"sums": sums}, {})) for task in tasks], policies)
     assert [(row["policy"], row["batch_size"], row["primary_top_k"], row["num_tokens"]) for row in found] == [
