@@ -26,7 +26,7 @@ import torch
 from styles import STYLES, RouterWatch, make_model
 from tasks import CONTEXT_LENGTH, TASKS, Split, examples, library_text, make_tokenizer
 from torch.nn import functional
-from transformers import PreTrainedModel
+from transformers import Glm4MoeForCausalLM, PreTrainedModel
 
 ROOT = Path(__file__).resolve().parents[2]
 TASK_ROWS, TASK_LENGTH = 48, 128
@@ -114,6 +114,10 @@ def save(model: PreTrainedModel, output: Path, report: dict[str, object]) -> Non
     for name, buffer in model.named_buffers():
         if name.endswith("e_score_correction_bias"):
             half.get_submodule(name.rpartition(".")[0]).e_score_correction_bias = buffer.clone()
+    if isinstance(model, Glm4MoeForCausalLM):
+        # vLLM's class takes no head that is tied to the embedding, and would answer with an uninitialised one.
+        half.config.tie_word_embeddings = False
+        half.lm_head.weight = torch.nn.Parameter(half.lm_head.weight.detach().clone())
     half.save_pretrained(output)
     make_tokenizer().save_pretrained(output)
     (output / "training.json").write_text(json.dumps(report, indent=1) + "\n")

@@ -103,5 +103,9 @@ def test_a_saved_model_is_loaded_as_it_was(scripts, tmp_path):
     for gate, other in zip(gates, RouterWatch(loaded).gates, strict=True):
         assert torch.equal(gate.e_score_correction_bias, other.e_score_correction_bias), "float32, unrounded"
         assert torch.equal(gate.weight.bfloat16(), other.weight)
+    # The head is tied while it is trained; vLLM's class reads one of its own.
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight.bfloat16())
+    assert loaded.lm_head.weight is not loaded.model.embed_tokens.weight
+    assert model.config.tie_word_embeddings and model.lm_head.weight is model.model.embed_tokens.weight
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     assert tokenizer.decode(tokenizer.encode("sort ab=")) == "sort ab="
