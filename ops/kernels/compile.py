@@ -1,20 +1,23 @@
-"""Compiles the CUDA sources of this folder with CuPy (NVRTC), for launches on torch's current stream.
+"""Compiles the CUDA sources of `cuda_sources` with CuPy (NVRTC), for launches on torch's current stream.
 
 Needs torch and CuPy only.
 """
 
 import functools
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sere.conf.errors import ConfigError
 
 COMPILE_OPTIONS = ("--std=c++17",)
 _MIN_COMPUTE_CAPABILITY = (8, 0)
-_KERNELS = Path(__file__).parent
+SOURCES = Path(__file__).parent / "cuda_sources"
+_INCLUDE = re.compile(r'^#include "(.+)"$', re.MULTILINE)
 
 
 def install_line() -> str:
@@ -23,13 +26,19 @@ def install_line() -> str:
     return f"pip install 'cupy-cuda{major}x[ctk]>=13.6,<15'"
 
 
+def source_text(path: Path) -> str:
+    """A source with what it includes in the includes' place: CuPy keeps compiled kernels by their text, which must be whole."""
+    return _INCLUDE.sub(lambda found: source_text(path.parent / found[1]), path.read_text())
+
+
 @functools.cache
-def compiled(source: str, kernel: str, options: tuple[str, ...], device_index: int) -> Callable[[int, tuple], None]:
+def compiled(source: str, kernel: str, options: tuple[str, ...], device_index: int) -> Callable[..., None]:
     """Compile one kernel for one device.
 
     Returns:
-        A function of the number of threads and the kernel's arguments (tensors, None for a null pointer, integers), which
-        launches one thread block on torch's current stream.
+        A function of the number of threads, the kernel's arguments (tensors, None for a null pointer, integers of 32 bits,
+        floats of 64) and, if it has more than one thread block, their number in each of two dimensions; it launches on torch's
+        current stream.
 
     Raises:
         ConfigError: if CuPy or NVRTC is missing, or the device is too old.
@@ -47,7 +56,7 @@ def compiled(source: str, kernel: str, options: tuple[str, ...], device_index: i
     except ImportError as error:
         raise ConfigError(f"re-routing on a GPU needs CuPy, which cannot be imported ({error}): {install_line()}") from error
 
-    code = (_KERNELS / source).read_text()
+    code = source_text(SOURCES / source)
     try:
         with cupy.cuda.Device(device_index):
             function = cupy.RawModule(code=code, options=(*COMPILE_OPTIONS, *options)).get_function(kernel)
@@ -60,14 +69,31 @@ def compiled(source: str, kernel: str, options: tuple[str, ...], device_index: i
             f"{install_line()}"
         ) from error
 
-    def launch(num_threads: int, arguments: tuple) -> None:
-        values = [
-            numpy.int32(value) if isinstance(value, int) else 0 if value is None else value.data_ptr() for value in arguments
-        ]
+    def as_argument(value: Any) -> Any:
+        if isinstance(value, int):
+            return numpy.int32(value)
+        if isinstance(value, float):
+            return numpy.float64(value)
+        return 0 if value is None else value.data_ptr()
+
+    def launch(num_threads: int, arguments: tuple, grid: tuple[int, int] = (1, 1)) -> None:
         with cupy.cuda.Device(device_index), cupy_stream(cupy, device_index):
-            function((1,), (num_threads,), tuple(values))
+            function(grid, (num_threads,), tuple(as_argument(value) for value in arguments))
 
     return launch
+
+
+def require(
+    name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], shape: tuple[int | None, ...], device: torch.device
+) -> None:
+    """Refuse a tensor that a kernel would misread. A size of None is any size."""
+    same_shape = tensor.ndim == len(shape) and all(b in (None, a) for a, b in zip(tensor.shape, shape, strict=True))
+    if not (same_shape and tensor.dtype in dtypes and tensor.device == device and tensor.is_contiguous()):
+        sizes = ", ".join("any" if size is None else str(size) for size in shape)
+        raise ValueError(
+            f"{name} must be contiguous {' or '.join(str(dtype) for dtype in dtypes)} [{sizes}] on {device}, got "
+            f"{tensor.dtype} {list(tensor.shape)} with strides {tensor.stride()} on {tensor.device}"
+        )
 
 
 class _TorchStream:

@@ -1,16 +1,23 @@
 """What holds for the CUDA kernels wherever they run: on a GPU (tests/gpu), or compiled for the CPU (test_cuda.py)."""
 
+from dataclasses import replace
+
 import torch
+from hypothesis import event
 from hypothesis import strategies as st
 
+from sere.conf.schema.rules import Votes
 from sere.ops.engine.roles import TokenRoles
 from sere.ops.kernels import cuda
 from sere.ops.kernels.counting import COUNTERS, count_step
 from sere.ops.kernels.neighbours import sorted_neighbours
+from sere.ops.policies.votes import RoutedStep, cast_votes
 from sere.ops.reference import DECODE, PADDING, PREFILL, reroute_reference
-from tests.ops.strategies import Step
+from sere.ops.reference_step import UNITS
+from tests.ops.strategies import PolicyStep, Step
 
 SENTINEL = -77
+_TIE_ULP = 4
 
 
 @st.composite
@@ -45,16 +52,17 @@ def check_reroute(step: Step, mode: dict[str, bool], device: torch.device) -> No
     )
     expected_counters = torch.arange(len(COUNTERS)) * 1000
     if mode["counted"]:
-        count_step(
-            expected_counters,
-            topk_weights=step.topk_weights,
-            ids_before=step.topk_ids,
-            ids_after=expected,
+        routed = RoutedStep(
+            weights=step.topk_weights,
+            ids=step.topk_ids.long(),
             roles=roles,
-            num_decode_rows=step_info[0],
+            scores=None,
+            selection=None,
             num_experts=num_experts,
-            primary_top_k=primary_top_k,
         )
+        active = cast_votes(Votes(rule="top", primary_top_k=primary_top_k), routed, {}).active
+        after = dict(ids_after=expected.long(), roles=roles, step=step_info, active=active)
+        count_step(expected_counters, ids_before=routed.ids, **after)
 
     weights, ids = step.topk_weights.to(device, copy=True), step.topk_ids.to(device, copy=True)
     new_ids = ids if mode["in_place"] else torch.full_like(ids, SENTINEL)
@@ -76,6 +84,76 @@ def check_reroute(step: Step, mode: dict[str, bool], device: torch.device) -> No
     assert torch.equal(weights.cpu(), step.topk_weights)
     if not mode["in_place"]:
         assert torch.equal(ids.cpu(), step.topk_ids)
+
+
+@st.composite
+def routing_modes(draw: st.DrawFn) -> dict:
+    """Ways to launch a policy's kernel."""
+    modes = {name: draw(st.booleans()) for name in ("counted", "left_alone", "differences")}
+    return modes | {"dtype": draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))}
+
+
+def has_near_ties(step: PolicyStep) -> bool:
+    """Whether values that rank experts are so close that functions right to the last bits may rank them either way."""
+    rows = step.roles == DECODE
+    scores, selection = (values[rows] for values in step.scoring.scores(step.logits))
+    ranked = selection.sort(dim=1).values
+    gap, size = ranked.diff(dim=1), ranked[:, 1:].abs()
+    # Equal logits have equal scores in every implementation.
+    close = (gap > 0) & (gap <= _TIE_ULP * torch.finfo(torch.float32).eps * size)
+    points = (scores.double() * UNITS).sum(0).sort().values
+    return bool(close.any()) or bool((points.diff() <= 1e-6 * points[1:]).any())
+
+
+def check_policy_step(step: PolicyStep, mode: dict, device: torch.device) -> None:
+    """One launch gives the reference's ids and weights, `count_step`'s counters and `difference_of`; else nothing changes."""
+    roles, info = step_of(step.roles, left_alone=mode["left_alone"])
+    step = replace(step, roles=roles, logits=step.logits.to(mode["dtype"]))
+    num_tokens = len(step.topk_ids)
+    expected_weights, expected_ids = step.expected()
+    policy = step.policy()
+    # The same in torch operations, which count.
+    policy.fast = None
+    expected_counters, counters = (torch.arange(len(COUNTERS)) * 1000 for _ in range(2))
+    expected_difference = torch.zeros(num_tokens, step.num_experts)
+    policy.route_and_count(
+        *(step.topk_weights, step.topk_ids, step.logits, roles),
+        step=info if mode["counted"] else None,
+        counters=expected_counters if mode["counted"] else None,
+        difference=expected_difference,
+    )
+
+    similarity = None if policy.similarity is None else policy.similarity.to(device)
+    tables = {name: table.to(device) for name, table in step.tables.items()}
+    launched = cuda.launched_step(policy.rules, step.info(str(device)), similarity, tables)
+    assert launched is not None
+    difference = torch.full((num_tokens + 3, step.num_experts), float(SENTINEL), device=device)
+    counters = counters.to(device)
+    weights, ids = launched(
+        step.topk_weights.to(device, copy=True),
+        step.topk_ids.to(device, copy=True),
+        step.logits.to(device),
+        roles.to(device),
+        step=info.to(device) if mode["counted"] or mode["left_alone"] else None,
+        counters=counters if mode["counted"] else None,
+        difference=difference if mode["differences"] else None,
+    )
+    weights, ids, difference = weights.cpu(), ids.cpu(), difference.cpu()
+    assert weights.dtype == expected_weights.dtype and ids.dtype == expected_ids.dtype
+    untouched = difference if not mode["differences"] else difference[num_tokens:]
+    assert (untouched == SENTINEL).all()
+    if not torch.equal(ids, expected_ids):
+        # Either id is right; which one decides on all that follows.
+        assert has_near_ties(step), (ids, expected_ids)
+        event("scores within 4 ulp")
+        return
+    rest = roles != DECODE
+    assert torch.equal(weights[rest], step.topk_weights[rest])
+    torch.testing.assert_close(weights, expected_weights, rtol=1e-6, atol=1e-9)
+    assert dict(zip(COUNTERS, counters.tolist(), strict=True)) == dict(zip(COUNTERS, expected_counters.tolist(), strict=True))
+    if mode["differences"]:
+        assert not difference[:num_tokens][rest].any()
+        torch.testing.assert_close(difference[:num_tokens], expected_difference, rtol=1e-6, atol=1e-6)
 
 
 @st.composite

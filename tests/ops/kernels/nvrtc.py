@@ -29,7 +29,7 @@ def version() -> str:
     return f"NVRTC {major.value}.{minor.value}"
 
 
-def compile_to_cubin(source: Path, options: tuple[str, ...]) -> tuple[bytes, str]:
+def compile_to_cubin(name: str, text: str, options: tuple[str, ...]) -> tuple[bytes, str]:
     """The machine code and the log, which holds warnings and, with `--ptxas-options=-v`, the use of resources.
 
     Raises:
@@ -37,8 +37,7 @@ def compile_to_cubin(source: Path, options: tuple[str, ...]) -> tuple[bytes, str
     """
     nvrtc = library()
     program, size = ctypes.c_void_p(), ctypes.c_size_t()
-    text = source.read_bytes()
-    assert nvrtc.nvrtcCreateProgram(ctypes.byref(program), text, source.name.encode(), 0, None, None) == 0
+    assert nvrtc.nvrtcCreateProgram(ctypes.byref(program), text.encode(), name.encode(), 0, None, None) == 0
     encoded = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
     status = nvrtc.nvrtcCompileProgram(program, len(options), encoded)
     nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))

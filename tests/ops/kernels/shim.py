@@ -15,13 +15,14 @@ from unittest import mock
 import pytest
 import torch
 
-from sere.ops.kernels import cuda
+import sere.ops.kernels.compile as kernels
 
 FOLDER = Path(__file__).parent / "cuda_on_cpu"
-KERNELS = Path(cuda.__file__).parent
+KERNELS = kernels.SOURCES
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-_NUMBER, _NULL_POINTER, _BUFFER, _SAME_AS = range(4)
-_POSITIONS = {"sere_reroute": 0, "sere_token_roles": 1}
+_NUMBER, _NULL_POINTER, _BUFFER, _SAME_AS, _REAL = range(5)
+_POSITIONS = {"sere_reroute": 0, "sere_token_roles": 1, "sere_route": 2}
+_DEFAULT = "-DEXPERTS_PER_LANE=4"
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
 
@@ -31,7 +32,7 @@ def build(*flags: str) -> Path:
     """Compile the kernels and the program that serves launches of them."""
     program = Path(tempfile.mkdtemp(prefix="cuda-on-cpu-")) / "serve"
     command = ["g++", "-std=c++17", "-O1", "-g", "-Wall", "-Wno-unknown-pragmas", "-Werror", "-pthread", *flags]
-    sources = [KERNELS / "reroute.cu", KERNELS / "token_roles.cu", FOLDER / "serve.cpp", FOLDER / "cuda.cpp"]
+    sources = [*sorted(KERNELS.glob("*.cu")), FOLDER / "serve.cpp", FOLDER / "cuda.cpp"]
     command += ["-I", FOLDER, "-include", "cuda.h", "-x", "c++", *sources, "-o", program]
     subprocess.run([str(part) for part in command], check=True)
     return program
@@ -48,14 +49,14 @@ class Shim:
         self._seeds = itertools.count()
         self.num_launches = 0
 
-    def launch(self, kernel: str, num_threads: int, arguments: tuple) -> None:
-        """Run one block on copies of the tensors, and copy back what it wrote.
+    def launch(self, kernel: str, num_threads: int, arguments: tuple, grid: tuple[int, int] = (1, 1)) -> None:
+        """Run a kernel on copies of the tensors, and copy back what it wrote.
 
         Raises:
             AssertionError: with the sanitizer's report, if the program died.
         """
-        header = (_POSITIONS[kernel], num_threads, next(self._seeds) % 2**31, len(arguments))
-        request = [struct.pack("4i", *header)]
+        header = (_POSITIONS[kernel], num_threads, next(self._seeds) % 2**30, *grid, len(arguments))
+        request = [struct.pack("6i", *header)]
         tensors: list[torch.Tensor] = []
         positions: dict[int, int] = {}
         for position, value in enumerate(arguments):
@@ -63,11 +64,13 @@ class Shim:
                 request.append(struct.pack("2q", _NULL_POINTER, 0))
             elif isinstance(value, int):
                 request.append(struct.pack("2q", _NUMBER, value))
+            elif isinstance(value, float):
+                request.append(struct.pack("qd", _REAL, value))
             elif value.numel() and value.data_ptr() in positions:
                 request.append(struct.pack("2q", _SAME_AS, positions[value.data_ptr()]))
             else:
                 positions[value.data_ptr()] = position
-                raw = value.numpy().tobytes()
+                raw = _bytes_of(value)
                 request += [struct.pack("2q", _BUFFER, len(raw)), raw]
                 tensors.append(value)
         try:
@@ -88,17 +91,39 @@ class Shim:
         return self._process.communicate()[1].decode()
 
 
+def _bytes_of(tensor: torch.Tensor) -> bytes:
+    return tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+
+
+class Shims(dict[tuple[str, ...], Shim]):
+    """A shim for each set of compile options, built when it is first asked for."""
+
+    def __init__(self, *flags: str) -> None:
+        super().__init__()
+        self._flags = flags
+
+    def __missing__(self, options: tuple[str, ...]) -> Shim:
+        self[options] = shim = Shim(*self._flags, *options)
+        return shim
+
+    @property
+    def num_launches(self) -> int:
+        return sum(shim.num_launches for shim in self.values())
+
+
 @contextmanager
-def cuda_on_cpu(*flags: str) -> Iterator[list[Shim]]:
-    """Within, `sere.ops.kernels.cuda` runs its kernels on CPU tensors; yields the shims of 32-bit and 64-bit ids."""
-    shims = {options: Shim(*flags, *options) for options in ((), ("-DTOPK_INT64",))}
+def cuda_on_cpu(*flags: str) -> Iterator[Shims]:
+    """Within, kernels that are compiled for a GPU run on CPU tensors."""
+    shims = Shims(*flags)
 
     def compiled(source, kernel, options, device_index):
-        return functools.partial(shims[options].launch, kernel)
+        # One program holds all kernels: those without options of their own take what others have built.
+        options = options if any("EXPERTS" in option for option in options) else (_DEFAULT, *options)
+        return lambda *arguments: shims[options].launch(kernel, *arguments)
 
     try:
-        with mock.patch.object(cuda, "compiled", compiled):
-            yield list(shims.values())
+        with mock.patch.object(kernels, "compiled", compiled):
+            yield shims
     finally:
         for shim in shims.values():
             shim.close()

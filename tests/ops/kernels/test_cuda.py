@@ -1,17 +1,31 @@
 """The CUDA kernels on the CPU: the same sources, run against the reference under sanitizers (see cuda_on_cpu/cuda.h)."""
 
+import itertools
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from sere.conf.schema import RerouteConfig
 from sere.ops import op as reroute
 from sere.ops.kernels import cuda
+from sere.ops.kernels.counting import COUNTERS
 from sere.ops.kernels.neighbours import sorted_neighbours
+from sere.ops.policies.scoring import Scoring
 from sere.ops.reference import DECODE, PADDING, reroute_reference
 from tests.examples import examples
-from tests.ops.kernels.kernel_checks import batches, check_reroute, check_token_roles, modes
+from tests.ops.kernels.kernel_checks import (
+    batches,
+    check_policy_step,
+    check_reroute,
+    check_token_roles,
+    modes,
+    routing_modes,
+)
 from tests.ops.kernels.shim import SANITIZERS, cuda_on_cpu, needs_compiler
-from tests.ops.strategies import Step, steps
+from tests.ops.strategies import PolicyStep, Step, policy_steps, steps
 
 CPU = torch.device("cpu")
 pytestmark = [needs_compiler, pytest.mark.slow]
@@ -28,6 +42,32 @@ def shims():
 @given(step=steps(max_tokens=80, max_experts=200), mode=modes())
 def test_equals_reference(shims, step: Step, mode):
     check_reroute(step, mode, CPU)
+
+
+@settings(in_bounds, max_examples=examples(1200))
+@given(step=policy_steps(), mode=routing_modes())
+def test_every_policy_equals_reference(shims, step, mode):
+    check_policy_step(step, mode, CPU)
+
+
+@settings(in_bounds, max_examples=examples(150))
+@given(step=policy_steps(max_tokens=150, max_experts=512, max_top_k=20), mode=routing_modes())
+def test_every_policy_equals_reference_at_more_sizes(shims, step, mode):
+    check_policy_step(step, mode, CPU)
+
+
+FRACTION = policy_steps(votes={"rule": "top", "primary_top_k": 1.4}, max_top_k=4).filter(
+    lambda step: step.topk_ids.shape[1] > 1
+)
+
+
+@settings(in_bounds, max_examples=examples(40))
+@given(step=FRACTION, mode=routing_modes(), copies=st.integers(10, 60))
+def test_a_fraction_of_more_rows_than_threads(shims, step, mode, copies):
+    """Shares are then compared a block's worth of rows at a time; the copies' are equal."""
+    repeated = ("topk_weights", "topk_ids", "logits", "roles")
+    step = replace(step, **{name: torch.cat([getattr(step, name)] * copies) for name in repeated})
+    check_policy_step(step, mode, CPU)
 
 
 @settings(in_bounds, max_examples=examples(60))
@@ -84,9 +124,8 @@ def test_token_roles(shims, batch):
 
 def test_thousands_of_cases_ran(shims):
     """That the tests above did run the kernels, and how often."""
-    launches = sum(shim.num_launches for shim in shims)
-    print(f"{launches} launches")
-    assert launches > 2000
+    print(f"{shims.num_launches} launches")
+    assert shims.num_launches > 3000
 
 
 def test_ids_out_of_range_are_unused_slots(shims):
@@ -121,6 +160,40 @@ def test_warm_up(shims, monkeypatch):
         cuda.warm_up(CPU)
 
 
+def some_policy_steps():
+    """One of every vote and target rule, of more rows than have room in one warp."""
+    generator = torch.Generator().manual_seed(2)
+    votes = [
+        {"rule": "top", "primary_top_k": 1.5, "order": "selection"},
+        {"rule": "mass", "protect": True},
+        {"rule": "share", "share": 0.5},
+        {"rule": "benefit", "benefit": 0.5},
+        *({"rule": "budget", "budget": 5, "first": True, "score": score} for score in ("probability", "lynx")),
+    ]
+    for rules, (target, weights) in itertools.product(
+        votes, (("own", "half"), ("least_loss", "fold"), ("drop", "renormalize"))
+    ):
+        logits = torch.randn(24, 16, generator=generator).bfloat16().float()
+        scoring = Scoring(function="sigmoid", bias=torch.rand(16, generator=generator), num_groups=4, groups_kept=2)
+        scores, selection = scoring.scores(logits)
+        ids = selection.topk(4).indices
+        yield PolicyStep(
+            reroute=RerouteConfig(policy="none", similarity="x", votes=rules, targets={"rule": target}, weights=weights),
+            topk_weights=scores.gather(1, ids),
+            topk_ids=ids.int(),
+            logits=logits,
+            scoring=scoring,
+            tables={
+                "norms": torch.rand(16, generator=generator),
+                "protected": torch.arange(16) == 3,
+                "folds": torch.rand(16, 16, generator=generator),
+                "fold_losses": torch.rand(16, 16, generator=generator),
+            },
+            roles=torch.randint(0, 3, (24,), generator=generator, dtype=torch.int8),
+            renormalize=True,
+        )
+
+
 def test_no_data_races():
     """Real threads under the thread sanitizer: no access to shared memory without a barrier between."""
     with cuda_on_cpu("-fsanitize=thread", "-DREAL_THREADS") as shims:
@@ -138,18 +211,21 @@ def test_no_data_races():
             similarity = torch.rand(num_experts, num_experts, generator=generator)
             step = Step(weights, ids, similarity, roles, primary_top_k=1, threshold=0.3)
             check_reroute(step, dict(in_place=True, counted=True, left_alone=False, neutral=False), CPU)
-        for shim in shims:
+        mode = dict(counted=True, left_alone=False, differences=True, dtype=torch.bfloat16)
+        for policy_step in some_policy_steps():
+            check_policy_step(policy_step, mode, CPU)
+        for shim in shims.values():
             report = shim.close()
             assert "ThreadSanitizer" not in report, report
 
 
-def broken(tmp_path, monkeypatch, kernel_line, replacement):
+def broken(tmp_path, monkeypatch, changed, kernel_line, replacement):
     """The kernels with one line changed."""
     from tests.ops.kernels import shim
 
-    for source in shim.KERNELS.glob("*.cu"):
+    for source in shim.KERNELS.iterdir():
         text = source.read_text()
-        if source.name == "reroute.cu":
+        if source.name == changed:
             assert text.count(kernel_line) == 1, f"{kernel_line!r} is no longer in the kernel"
             text = text.replace(kernel_line, replacement)
         (tmp_path / source.name).write_text(text)
@@ -158,16 +234,18 @@ def broken(tmp_path, monkeypatch, kernel_line, replacement):
 
 
 def test_the_sanitizers_see_what_they_are_for(tmp_path, monkeypatch):
-    """A kernel that reads one weight too far, and one in which a thread skips a barrier."""
+    """Kernels that read one value too far, and some whose threads wait for each other in different places."""
     changes = [
-        ("exists ? topk_weights[index] : 0", "exists ? topk_weights[index + 1] : 0", "heap-buffer-overflow"),
-        ("    if (idle) return;\n", "    if (thread == 7) return;\n", "divergence"),
+        ("reroute.cu", "exists ? topk_weights[index] : 0", "exists ? topk_weights[index + 1] : 0", "heap-buffer-overflow"),
+        ("reroute.cu", "    if (idle) return;\n", "    if (thread == 7) return;\n", "divergence"),
+        ("router.cuh", "expert < router.num_experts ? rank_key", "expert <= router.num_experts ? rank_key", "buffer-overflow"),
+        ("votes.cuh", "if (votes.by_selection) {", "if (slot == 3) {", "divergence"),
     ]
-    for number, (line, replacement, report) in enumerate(changes):
+    for number, (source, line, replacement, report) in enumerate(changes):
         folder = tmp_path / str(number)
         folder.mkdir()
         with monkeypatch.context() as patch:
-            broken(folder, patch, line, replacement)
+            broken(folder, patch, source, line, replacement)
             with cuda_on_cpu(*SANITIZERS), pytest.raises(AssertionError, match=report):
                 cuda.warm_up(CPU)
 
@@ -180,7 +258,7 @@ def test_the_sanitizers_see_what_they_are_for(tmp_path, monkeypatch):
         (dict(roles=torch.zeros(3, dtype=torch.int8)), r"roles must be contiguous torch.int8 \[4\]"),
         (dict(num_experts=9), "neighbours must be those of 9 experts"),
         (dict(num_experts=2000), "at most 1024 experts"),
-        (dict(counters=torch.zeros(11, dtype=torch.int64)), "counters need step"),
+        (dict(counters=torch.zeros(len(COUNTERS), dtype=torch.int64)), "counters need step"),
         (dict(primary_top_k=0), "primary_top_k must be at least 1, got 0"),
         (dict(neighbours=torch.zeros(8, dtype=torch.int16)), r"neighbours must be contiguous torch.int16 \[any, any\]"),
         (dict(neighbours=torch.zeros(8, 63, dtype=torch.int16)), "neighbours must be those of 8 experts"),
@@ -226,9 +304,9 @@ def test_refuses_roles_that_the_kernel_cannot_fill(shims, change, message):
         step=torch.zeros(3, dtype=torch.int64),
     )
     limits = dict(decode_length=1, min_tokens=1, max_tokens=8)
-    launches = sum(shim.num_launches for shim in shims)
+    launches = shims.num_launches
     with pytest.raises(ValueError, match=message):
         cuda.fill_roles(**{**arguments, **change}, **limits)
-    assert sum(shim.num_launches for shim in shims) == launches
+    assert shims.num_launches == launches
     cuda.fill_roles(**arguments, **limits)
     assert arguments["roles"].tolist() == [DECODE] * 2 + [PADDING] * 6

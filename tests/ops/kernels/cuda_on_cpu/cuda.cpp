@@ -86,7 +86,8 @@ void give_way() {
 
 }  // namespace
 
-Index block_size() { return {static_cast<unsigned>(num_block_threads)}; }
+Index block_index{}, grid_size{1, 1};
+Index block_size() { return {static_cast<unsigned>(num_block_threads), 1}; }
 Meeting& block_meeting() { return block; }
 Meeting& warp_meeting() { return warps[self().index.x / WARP]; }
 
@@ -131,7 +132,7 @@ void launch(int num_threads, unsigned, const std::function<void()>& kernel) {
     std::vector<std::thread> threads;
     for (int i = 0; i < num_threads; ++i) {
         threads.emplace_back([i, &kernel] {
-            Thread thread{{static_cast<unsigned>(i)}};
+            Thread thread{{static_cast<unsigned>(i), 0}};
             current = &thread;
             kernel();
         });
@@ -164,7 +165,7 @@ void launch(int num_threads, unsigned seed, const std::function<void()>& kernel)
         Fiber& fiber = fibers[i];
         order[i] = i;
         if (fiber.stack == nullptr) fiber.stack = static_cast<char*>(std::malloc(STACK_BYTES));
-        fiber.thread = Thread{{static_cast<unsigned>(i)}};
+        fiber.thread = Thread{{static_cast<unsigned>(i), 0}};
         fiber.done = false;
         fiber.waits_for = nullptr;
         getcontext(&fiber.context);

@@ -1,4 +1,5 @@
-// Enough of CUDA C++ to compile and run one thread block of a kernel on the CPU. Included before every kernel's source.
+// Enough of CUDA C++ to compile and run a kernel on the CPU, its thread blocks one after another. Included before every
+// kernel's source.
 //
 // Every CUDA thread is a fiber of its own (or, with -DREAL_THREADS, a thread of its own, for the thread sanitizer). Fibers run
 // one at a time, in an order drawn anew from the seed each time around, and give way where CUDA threads would wait for each
@@ -7,6 +8,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
@@ -20,7 +22,7 @@ namespace cuda_on_cpu {
 constexpr int WARP = 32, MAX_THREADS = 1024;
 
 struct Index {
-    unsigned x;
+    unsigned x, y;
 };
 struct alignas(16) Vector4 {
     unsigned x, y, z, w;
@@ -43,6 +45,7 @@ struct Thread {
 };
 Thread& self();
 Index block_size();
+extern Index block_index, grid_size;
 Meeting& block_meeting();
 Meeting& warp_meeting();
 
@@ -50,6 +53,7 @@ Meeting& warp_meeting();
 const uint64_t* exchange(uint64_t value, const char* kind);
 int block_count(bool predicate);
 
+// Every block of the grid has all of its threads run to their end before the next begins.
 void launch(int num_threads, unsigned seed, const std::function<void()>& kernel);
 
 template <class T>
@@ -74,10 +78,12 @@ struct Same {
 #define __global__
 #define __device__
 #define __forceinline__ inline
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 #define __shared__ static
 #define threadIdx (cuda_on_cpu::self().index)
 #define blockDim (cuda_on_cpu::block_size())
+#define blockIdx (cuda_on_cpu::block_index)
+#define gridDim (cuda_on_cpu::grid_size)
 using uint4 = cuda_on_cpu::Vector4;
 using std::max;
 using std::min;
@@ -113,8 +119,29 @@ T __shfl_sync(unsigned mask, T value, int source, int width = cuda_on_cpu::WARP)
     const int lane = static_cast<int>(threadIdx.x) % cuda_on_cpu::WARP;
     return cuda_on_cpu::from_bits<T>(values[lane / width * width + source % width]);
 }
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int away) {
+    require_full_warp(mask);
+    const uint64_t* values = cuda_on_cpu::exchange(cuda_on_cpu::to_bits(value), "__shfl_xor_sync");
+    return cuda_on_cpu::from_bits<T>(values[static_cast<int>(threadIdx.x) % cuda_on_cpu::WARP ^ away]);
+}
+inline unsigned __reduce_max_sync(unsigned mask, unsigned value) {
+    require_full_warp(mask);
+    const uint64_t* values = cuda_on_cpu::exchange(value, "__reduce_max_sync");
+    return *std::max_element(values, values + cuda_on_cpu::WARP);
+}
+inline unsigned __reduce_min_sync(unsigned mask, unsigned value) {
+    require_full_warp(mask);
+    const uint64_t* values = cuda_on_cpu::exchange(value, "__reduce_min_sync");
+    return *std::min_element(values, values + cuda_on_cpu::WARP);
+}
+inline void __syncwarp() { cuda_on_cpu::exchange(0, "__syncwarp"); }
+inline int __popc(unsigned value) { return __builtin_popcount(value); }
 inline int __ffs(int value) { return __builtin_ffs(value); }
 inline float __int_as_float(int bits) { return cuda_on_cpu::from_bits<float>(cuda_on_cpu::to_bits(bits)); }
+inline unsigned __float_as_uint(float value) { return cuda_on_cpu::to_bits(value); }
+inline float __uint_as_float(unsigned bits) { return cuda_on_cpu::from_bits<float>(bits); }
+inline long long __double_as_longlong(double value) { return cuda_on_cpu::to_bits(value); }
 template <class T>
 T atomicAdd(T* address, typename cuda_on_cpu::Same<T>::type value) {
     return __atomic_fetch_add(address, value, __ATOMIC_RELAXED);

@@ -2,52 +2,14 @@
 //
 // What it computes is written down in ops/reference.py (SERE, arXiv 2602.07616, section 3); cuda.py launches it.
 // Everything that changes from step to step is read from device memory, so a CUDA graph that holds this launch replays
-// correctly. Compiled once with -DTOPK_INT64, for ids of 64 bits, and once without.
+// correctly. Policies that choose by more than similarity are route.cu's.
 //
 // Legend: T rows (tokens), K slots per row (top_k), E experts. blockDim.x is a multiple of 32 and at least E.
 // Bounds: 1 <= K <= 32, 1 <= E <= 1024; T is any. An id outside [0, E) is an unused slot and indexes nothing.
 
-#ifdef TOPK_INT64
-using TopkId = long long;
-#else
-using TopkId = int;
-#endif
+#include "step.cuh"
 
-namespace {
-
-constexpr int PADDING = 0, PREFILL = 1, DECODE = 2;  // ops/reference.py
-constexpr int MAX_EXPERTS = 1024, MAX_THREADS = 1024, WARP = 32;
-constexpr unsigned ALL_LANES = 0xffffffffu;
-
-// So many lanes search one expert's neighbours together, each testing the 8 ids of one 16-byte load at a time.
-constexpr int GROUP = 8, IDS_PER_LOAD = 8;
-
-// What is known of an expert in this step.
-constexpr unsigned PRIMARY = 1, SECONDARY = 2, AFTERWARDS = 4;
-
-// A replacement is an expert id, with this bit if the expert stays although no row voted for it.
-constexpr unsigned short CRITICAL = 0x8000;
-
-// counting.py, COUNTERS
-enum Counter {
-    STEPS, REROUTING_STEPS, DECODE_ROWS, DECODE_SLOTS, REROUTED_SLOTS, CRITICAL_SLOTS, ACTIVE_BEFORE, ACTIVE_AFTER,
-    MIXED_STEPS, MIXED_ACTIVE_BEFORE, MIXED_ACTIVE_AFTER
-};
-
-// The first of 8 expert ids, two to a word, that is primary; -1 if none is. 32 words hold the mask of 1024 experts, one to
-// a bank of shared memory, so no two lanes ever wait for each other here.
-__device__ __forceinline__ int first_primary(uint4 ids, const unsigned* primary) {
-    const unsigned words[4] = {ids.x, ids.y, ids.z, ids.w};
-    int first = -1;
-#pragma unroll
-    for (int i = IDS_PER_LOAD - 1; i >= 0; --i) {
-        const unsigned id = words[i / 2] >> (i % 2 * 16) & 0xffffu;
-        if (primary[id / WARP] >> id % WARP & 1u) first = static_cast<int>(id);
-    }
-    return first;
-}
-
-}  // namespace
+constexpr int MAX_THREADS = 1024;
 
 extern "C" __global__ void __launch_bounds__(MAX_THREADS) sere_reroute(
     const float* __restrict__ topk_weights,       // [T, K], finite
@@ -58,7 +20,7 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS) sere_reroute(
                                                   // null: unknown, nothing is counted
     const uint4* __restrict__ neighbours,         // [E, num_neighbours / 8] of 8 ids each: the other experts whose similarity
                                                   // reaches the threshold, most similar first, then the expert's own id
-    unsigned long long* __restrict__ counters,    // [11], added to; null: nothing is counted
+    unsigned long long* __restrict__ counters,    // [14], added to; null: nothing is counted
     int num_tokens, int top_k, int num_experts, int primary_top_k,
     int num_neighbours                            // with the filling; a multiple of GROUP * IDS_PER_LOAD
 ) {
@@ -112,29 +74,7 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS) sere_reroute(
 
     // 2. A replacement for each expert that decode rows selected and none voted for: its first primary neighbour.
     if (reroutes) {
-        for (int first = 0; first < num_experts; first += num_threads / GROUP) {
-            const int expert = first + thread / GROUP;
-            const bool searches = expert < num_experts && marks[expert] == SECONDARY;
-            const uint4* row = neighbours + static_cast<size_t>(expert) * (num_neighbours / IDS_PER_LOAD);
-            int end = searches ? num_neighbours : 0;
-            int replacement = searches ? expert | CRITICAL : expert;
-            for (int begin = 0; __any_sync(ALL_LANES, begin < end); begin += GROUP * IDS_PER_LOAD) {
-                int found = -1;
-                bool filling = false;  // the expert's own id, which is not primary here and so is never found
-                if (begin < end) {
-                    const uint4 ids = row[begin / IDS_PER_LOAD + thread % GROUP];
-                    found = first_primary(ids, primary);
-                    filling = static_cast<int>(ids.w >> 16) == expert;
-                }
-                const int group = lane / GROUP * GROUP;
-                const unsigned finders = __ballot_sync(ALL_LANES, found >= 0) >> group & ((1u << GROUP) - 1);
-                const unsigned fillers = __ballot_sync(ALL_LANES, filling) >> group & ((1u << GROUP) - 1);
-                const int best = __shfl_sync(ALL_LANES, found, finders != 0 ? __ffs(finders) - 1 : 0, GROUP);
-                if (finders != 0) replacement = best;
-                if (finders != 0 || fillers != 0) end = 0;
-            }
-            if (expert < num_experts && thread % GROUP == 0) replacements[expert] = replacement;
-        }
+        find_replacements(neighbours, num_neighbours, num_experts, marks, primary, replacements);
         __syncthreads();
     }
 
@@ -169,16 +109,5 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS) sere_reroute(
         if (lane == 0 && num_rerouted > 0) atomicAdd(&counters[REROUTED_SLOTS], num_rerouted);
         if (lane == 0 && num_critical > 0) atomicAdd(&counters[CRITICAL_SLOTS], num_critical);
     }
-    if (thread == 0) {
-        const bool mixed = step[1] > step[0];
-        atomicAdd(&counters[STEPS], 1);
-        atomicAdd(&counters[REROUTING_STEPS], step[2] != 0);
-        atomicAdd(&counters[DECODE_ROWS], step[0]);
-        atomicAdd(&counters[DECODE_SLOTS], step[0] * top_k);
-        atomicAdd(&counters[ACTIVE_BEFORE], active_before);
-        atomicAdd(&counters[ACTIVE_AFTER], active_after);
-        atomicAdd(&counters[MIXED_STEPS], mixed);
-        atomicAdd(&counters[MIXED_ACTIVE_BEFORE], mixed ? active_before : 0);
-        atomicAdd(&counters[MIXED_ACTIVE_AFTER], mixed ? active_after : 0);
-    }
+    if (thread == 0) count_experts(counters, step, top_k, active_before, active_after);
 }
