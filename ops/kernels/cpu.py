@@ -22,14 +22,15 @@ from sere.ops.reference import DECODE
 if TYPE_CHECKING:
     from sere.ops.policies.policy import LayerInfo
 
-_IDS = (torch.int32, torch.int64, torch.uint32)
+_WIDE = {torch.int32: 0, torch.uint32: 0, torch.int64: 1}
+_WEIGHTS = (torch.float32, torch.bfloat16, torch.float16)
 _LOGITS = (torch.float32, torch.bfloat16)
 _BAD_ID = 2
 _INT64 = ctypes.c_int64
 
 
 class CompiledStep:
-    """One layer's steps: a `FastStep` of ops/policies/policy.py. Keeps no state between calls, so threads may share it."""
+    """One layer's steps: a `FastStep` of ops/policies/policy.py. Threads may share it: a call leaves nothing behind."""
 
     def __init__(
         self,
@@ -56,6 +57,8 @@ class CompiledStep:
         self._num_experts = num_experts
         self._changes_routing, self._changes_weights = changes_routing, changes_weights
         self._reads_logits = reads_logits
+        # Where the counters lie that were found to be as they must: an engine's stay where they are.
+        self._known_counters = 0
 
     def __call__(
         self,
@@ -76,33 +79,34 @@ class CompiledStep:
         changes, step_at, counters_at = self._changes_routing, 0, 0
         if step is not None:
             step_at = step.data_ptr()
+            # Saves making tensors in vain; whether there is anything to count is looked up in there.
             changes = changes and _INT64.from_address(step_at + 16).value != 0
-            if counters is not None and _INT64.from_address(step_at).value > 0:
-                if counters.dtype != torch.int64 or not counters.is_contiguous() or counters.numel() != len(COUNTERS):
-                    raise ValueError(f"counters must be contiguous int64 [{len(COUNTERS)}], got {list(counters.shape)}")
+            if counters is not None:
                 counters_at = counters.data_ptr()
+                if counters_at != self._known_counters:
+                    _check_counters(counters)
+                    self._known_counters = counters_at
         if not (changes or counters_at or difference is not None):
             return topk_weights, topk_ids
         num_tokens, top_k = topk_ids.shape
-        if topk_ids.dtype not in _IDS or topk_weights.dtype == torch.float64 or top_k > MAX_TOP_K:
+        weights, ids = topk_weights, topk_ids
+        wide = _WIDE.get(ids.dtype)
+        if wide is None or weights.dtype not in _WEIGHTS or top_k > MAX_TOP_K:
             raise ValueError(
                 f"ids must be int32, int64 or uint32 and weights float32 [num_tokens, at most {MAX_TOP_K}], got "
-                f"{topk_ids.dtype}, {topk_weights.dtype} {list(topk_ids.shape)}"
+                f"{ids.dtype}, {weights.dtype} {list(ids.shape)}"
             )
-        weights, ids, roles = topk_weights.float().contiguous(), topk_ids.contiguous(), roles.contiguous()
+        if roles.dtype is not torch.int8 or roles.numel() != num_tokens:
+            raise ValueError(f"roles must be int8 [{num_tokens}], got {roles.dtype} {list(roles.shape)}")
+        if weights.dtype is not torch.float32:
+            weights = weights.float()
+        if not (weights.is_contiguous() and ids.is_contiguous() and roles.is_contiguous()):
+            weights, ids, roles = weights.contiguous(), ids.contiguous(), roles.contiguous()
         logits_at = stride = bfloat16 = 0
         if changes and self._reads_logits:
-            if router_logits.dtype not in _LOGITS:
-                router_logits = router_logits.float()
-            if router_logits.stride(-1) != 1:
-                router_logits = router_logits.contiguous()
-            if router_logits.shape != (num_tokens, self._num_experts):
-                raise ValueError(f"router_logits must be [{num_tokens}, {self._num_experts}], got {list(router_logits.shape)}")
-            logits_at, stride, bfloat16 = (
-                router_logits.data_ptr(),
-                router_logits.stride(0),
-                router_logits.dtype == torch.bfloat16,
-            )
+            router_logits = self._readable(router_logits, num_tokens)
+            logits_at, stride = router_logits.data_ptr(), router_logits.stride(0)
+            bfloat16 = router_logits.dtype is torch.bfloat16
         difference_at = difference_stride = 0
         if difference is not None:
             _check_difference(difference, num_tokens, self._num_experts)
@@ -114,7 +118,7 @@ class CompiledStep:
                 self._address,
                 num_tokens,
                 top_k,
-                ids.itemsize == 8,
+                wide,
                 bfloat16,
                 stride,
                 difference_stride,
@@ -136,6 +140,21 @@ class CompiledStep:
         if new_weights is None:
             return topk_weights, new_ids
         return new_weights if new_weights.dtype == topk_weights.dtype else new_weights.to(topk_weights.dtype), new_ids
+
+    def _readable(self, router_logits: Tensor, num_tokens: int) -> Tensor:
+        if router_logits.dtype not in _LOGITS:
+            router_logits = router_logits.float()
+        if router_logits.shape != (num_tokens, self._num_experts):
+            raise ValueError(f"router_logits must be [{num_tokens}, {self._num_experts}], got {list(router_logits.shape)}")
+        return router_logits if router_logits.stride(1) == 1 else router_logits.contiguous()
+
+
+def _check_counters(counters: Tensor) -> None:
+    if counters.dtype != torch.int64 or not counters.is_contiguous() or counters.numel() != len(COUNTERS):
+        raise ValueError(
+            f"counters must be contiguous int64 [{len(COUNTERS)}], got {counters.dtype} {list(counters.shape)} with strides "
+            f"{counters.stride()}"
+        )
 
 
 def _check_difference(difference: Tensor, num_tokens: int, num_experts: int) -> None:

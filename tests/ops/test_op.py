@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 
 from sere.ops import reroute_topk
+from sere.ops.kernels.cpu import reroute_in_torch
 from sere.ops.kernels.votes import primary_experts, voting_slots
 from sere.ops.reference import reroute_reference
 from tests.examples import examples
@@ -22,6 +23,30 @@ def test_equals_reference(step: Step):
     assert torch.equal(actual, expected)
     assert torch.equal(step.topk_weights, weights)
     assert torch.equal(step.topk_ids, ids), "the arguments must not change"
+
+
+@settings(max_examples=examples(100), deadline=None)
+@given(steps(max_tokens=100, max_experts=64))
+def test_without_compiled_code_it_equals_the_reference(step: Step):
+    arguments = dict(primary_top_k=step.primary_top_k, threshold=step.threshold, roles=step.roles)
+    expected = reroute_reference(step.topk_weights, step.topk_ids, step.similarity, **arguments)
+    assert torch.equal(reroute_in_torch(step.topk_weights, step.topk_ids, step.similarity, **arguments), expected)
+
+
+def test_similarity_may_change_and_may_be_made_in_inference_mode():
+    """Neighbours are sorted once per matrix, and must not outlive what they were sorted from."""
+    weights, ids = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.7, 0.3]]), torch.tensor([[0, 3], [1, 3], [2, 3]])
+    similarity = torch.eye(4)
+    for best in (2, 0, 1):
+        similarity[3, :3] = 0.6
+        similarity[3, best] = 0.9
+        assert reroute_topk(weights, ids, similarity, primary_top_k=1, threshold=0.5)[:, 1].tolist() == [best] * 3
+    with torch.inference_mode():
+        similarity = similarity.clone()
+        for best in (2, 0):
+            similarity[3, :3] = 0.6
+            similarity[3, best] = 0.9
+            assert reroute_topk(weights, ids, similarity, primary_top_k=1, threshold=0.5)[:, 1].tolist() == [best] * 3
 
 
 @settings(max_examples=examples(50), deadline=None)

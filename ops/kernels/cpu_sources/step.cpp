@@ -49,7 +49,6 @@ int64_t count_experts(const Step<Id>& step, std::span<const Id> ids) {
 template <class Id>
 void count(const Step<Id>& step, int64_t num_changed, int64_t num_critical, bool changed) {
     const int64_t num_decode = step.call.step[0];
-    if (num_decode <= 0) return;
     int64_t* counters = step.call.counters;
     const int64_t mixed = step.num_real > num_decode, pure = step.num_decode > 0 && !mixed;
     const int64_t before = count_experts<Id>(step, step.ids);
@@ -106,6 +105,8 @@ void write_difference(const Step<Id>& step, std::span<const Id> ids, std::span<c
 
 template <class Id>
 int64_t run(const Call& call) {
+    const bool counts = call.counters != nullptr && call.step != nullptr && call.step[0] > 0;
+    if (!counts && call.new_ids == nullptr && call.difference == nullptr) return UNCHANGED;
     static thread_local Scratch scratch;
     Step<Id> step(call, scratch);
     const int64_t num_experts = step.num_experts, filled = filled_up(num_experts);
@@ -170,7 +171,7 @@ int64_t run(const Call& call) {
     }
     if (call.difference != nullptr)
         write_difference<Id>(step, changed ? new_ids : std::span<Id>(), new_weights.empty() ? step.weights : new_weights);
-    if (call.counters != nullptr && call.step != nullptr) count(step, num_changed, num_critical, changed);
+    if (counts) count(step, num_changed, num_critical, changed);
     return changed ? CHANGED : UNCHANGED;
 }
 
