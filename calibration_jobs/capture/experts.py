@@ -15,7 +15,9 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
+from sere.calibration_jobs.capture.routers import Router, router_of
 from sere.conf.errors import ConfigError
+from sere.ops.policies.scoring import Scoring
 
 # GPT-OSS names the same arguments differently.
 _ARGUMENTS = (("hidden_states", "top_k_index", "top_k_weights"), ("hidden_states", "router_indices", "routing_weights"))
@@ -74,6 +76,18 @@ class ExpertsCall:
     forward: Callable[[Tensor, Tensor, Tensor], Tensor]
     """The experts themselves: hidden states, ids, weights -> `[num_tokens, hidden_size]`. Their weights are in memory while
     the call lasts, also where they are otherwise on disk."""
+    router: Router | None = None
+    """The layer's, if there is one that can be told."""
+
+    def router_logits(self) -> Tensor:
+        """The router's, `[num_tokens, num_experts]`; only where there is a `scoring`."""
+        assert self.router is not None and self.router.logits is not None
+        return self.router.logits
+
+    @property
+    def scoring(self) -> Scoring | None:
+        """How the router makes scores of its logits; None where no known way reproduces its choice."""
+        return self.router.scoring(self.topk_weights, self.topk_ids) if self.router is not None else None
 
     def run(self, topk_ids: Tensor | None = None, topk_weights: Tensor | None = None) -> Tensor:
         """The layer's output as asked, or with other ids and weights."""
@@ -110,14 +124,19 @@ def intercept_experts(model: nn.Module, handle: Handler) -> Iterator[None]:
     Accelerate's hooks, which bring weights to the device and take them away again, stay outermost: everything `handle` does
     with a layer reads the layer's weights from disk once.
     """
-    replaced = []
+    replaced, hooks = [], []
     for layer, module in find_expert_modules(model).items():
         attribute = "_old_forward" if hasattr(module, "_old_forward") else "forward"
         replaced.append((module, attribute, module.__dict__.get(attribute)))
-        setattr(module, attribute, _replacement(layer, module, getattr(module, attribute), handle))
+        router = router_of(model, cast(nn.Module, module), module.num_experts)
+        if router is not None:
+            hooks.append(router.module.register_forward_hook(router.observe))
+        setattr(module, attribute, _replacement(layer, module, getattr(module, attribute), handle, router))
     try:
         yield
     finally:
+        for hook in hooks:
+            hook.remove()
         for module, attribute, before in replaced:
             if before is None:
                 delattr(module, attribute)
@@ -125,7 +144,7 @@ def intercept_experts(model: nn.Module, handle: Handler) -> Iterator[None]:
                 setattr(module, attribute, before)
 
 
-def _replacement(layer: int, module: Experts, own: Callable, handle: Handler) -> Callable:
+def _replacement(layer: int, module: Experts, own: Callable, handle: Handler, router: Router | None) -> Callable:
     signature = inspect.signature(own)
 
     def forward(*args: Any, **kwargs: Any) -> Tensor:
@@ -137,6 +156,7 @@ def _replacement(layer: int, module: Experts, own: Callable, handle: Handler) ->
             topk_ids=topk_ids,
             topk_weights=topk_weights,
             forward=own,
+            router=router,
         )
         return handle(call).view(hidden_states.shape)
 

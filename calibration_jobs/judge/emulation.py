@@ -4,6 +4,7 @@ Held-out text runs through the Transformers model with every token given, and th
 decode step would see them. Deterministic: no token is drawn. Prompts, where rows have any, stay exact, as in the engine.
 """
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -111,18 +112,16 @@ class AnswerEmulation:
         """Read the prompts.
 
         Args:
-            model: A Transformers MoE model in evaluation mode, whose cache can be cropped.
+            model: A Transformers MoE model in evaluation mode.
             rows: Rows in the order in which they are decoded.
             device: Where the model's inputs belong.
         """
         self._model, self._rows = model, rows
         # The last prompt token predicts the answer's first, in a prefill step; the answer's last token is never an input.
         self._lengths = [len(row.answer) - 1 for row in rows]
-        width = max(len(row.prompt) for row in rows)
         prompts = pad_rows([row.prompt[::-1] for row in rows], device)
         # Padded on the left: every answer begins at the same place.
         prompts = {name: values.flip(1) for name, values in prompts.items()}
-        self._prompt_width = width
         answers = pad_rows([row.answer for row in rows], device)
         self._targets, self._answered = answers["input_ids"], answers["attention_mask"].bool()
         first = prompts["attention_mask"].sum(1, keepdim=True)
@@ -141,8 +140,8 @@ class AnswerEmulation:
     def _logits(self, handle: Callable[[ExpertsCall], Tensor] | None) -> Tensor:
         """Logits of every answer token, `[answer tokens of all rows, vocabulary]`."""
         with torch.inference_mode():
-            logits = _predictions(self._model, {**self._batch, "past_key_values": self._cache}, handle)
-            self._cache.crop(self._prompt_width)
+            # A pass adds to its cache; not every kind can be cropped again.
+            logits = _predictions(self._model, {**self._batch, "past_key_values": copy.deepcopy(self._cache)}, handle)
             return torch.cat((self._first, logits), dim=1)[self._answered]
 
     def run(self, emulated: Emulated, *, batch_size: int, refill: bool = False) -> Outcome:
