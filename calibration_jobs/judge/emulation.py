@@ -54,8 +54,8 @@ def emulate(model: nn.Module, rows: Sequence[Sequence[int]], policies: Sequence[
             for figures in _figures(logits, unmodified, targets):
                 line[:3] += figures[:, :3].sum(0).cpu()
             counts = router.counts
-            active, steps = counts["active_experts_after"], counts["steps"]
-            line[3:] += torch.tensor([len(targets), active, steps, active + steps * router.charge], dtype=torch.float64)
+            active, num_steps = counts["active_experts_after"], counts["steps"]
+            line[3:] += torch.tensor([len(targets), active, num_steps, active + num_steps * router.charge], dtype=torch.float64)
     return sums
 
 
