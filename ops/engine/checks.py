@@ -97,6 +97,15 @@ def refuse_monolithic(runner: Any) -> None:
         )
 
 
+def refuse_self_selecting(runner: Any, policy: str) -> None:
+    """Refuse a policy that needs the router's scores where the experts' object routes, which cannot be asked alone."""
+    if self_selecting_experts(runner) is not None:
+        raise ConfigError(
+            f"policy {policy!r} needs the router's scores of all experts, and {runner.layer_name} selects experts in its CPU "
+            "backend, which cannot be asked: use vLLM 0.30 or newer, or policy sere, which works from ids alone"
+        )
+
+
 def find_attention_layer(vllm_config: Any, device: torch.device) -> str:
     """An attention layer whose metadata tells which rows are decode rows: if possible one that says where each sequence's rows
     begin, as in a model that mixes kinds of attention some layers may only count rows.

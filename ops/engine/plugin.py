@@ -3,21 +3,18 @@
 vLLM calls `register` in every process (entry point group `vllm.general_plugins`). It wraps a few functions of vLLM, each of
 which does nothing more than before unless the engine's configuration asks for re-routing:
 
-    MoERunner.__init__                         a policy per layer; the layer's router is followed by `sere::route`
+    MoERunner.__init__                         a policy per layer, which follows its router and, to compensate, its experts
     BaseModelLoader.load_model                 the same for experts that select themselves (vLLM's CPU backend before 0.30)
     forward_context.create_forward_context     the rows' roles, once per step
-    WorkerWrapperBase.initialize_from_config   the last checks before the engine is up
+    WorkerWrapperBase.initialize_from_config   routers are asked how they score; the last checks before the engine is up
     WorkerWrapperBase.execute_model, shutdown  counters start at the first real step and are flushed; a step whose roles
                                                nobody set is an error
     WorkerWrapperBase.sere_status              new: what `assert_rerouting` asks
     gpu.GPUModelRunner.prepare_attn,           the rows' roles, for the V2 model runner, which replays full CUDA graphs without
     gpu.CudaGraphManager.run_fullgraph         a forward context; those of draft models too, whose rows are none of the step's
 
-The wrapper sits between the router's top-k and everything that uses it: the capture of routed experts, the mapping of
-logical to physical experts (EPLB), and the experts. Where torch.compile traces through the router (on the CPU) it is the custom
-op `sere::route`, which finds its layer by name through vLLM's forward context, so that several engines can live in one
-process. On a GPU the router runs inside vLLM's own opaque op, as Python at graph capture only: there the layer launches its
-kernel directly.
+router_hook.py and output_hook.py say what becomes of a layer. Its policy finds it by name through vLLM's forward context or, on
+a GPU, at graph capture: there everything a step needs is on the device.
 """
 
 import functools
@@ -27,48 +24,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from sere.conf.errors import ConfigError
 from sere.ops.engine.checks import self_selecting_experts
-from sere.ops.engine.state import ENGINE_STATES, EngineState, LayerState
+from sere.ops.engine.layer import ATTRIBUTE, LayerState
+from sere.ops.engine.output_hook import hook_output
+from sere.ops.engine.router_hook import follow, follow_router
+from sere.ops.engine.state import ENGINE_STATES, EngineState
 from sere.ops.engine.status import STATUS_METHOD
 
-_library = torch.library.Library("sere", "FRAGMENT")
-_library.define("route(Tensor topk_weights, Tensor topk_ids, Tensor router_logits, str layer_name) -> (Tensor, Tensor)")
-_ATTRIBUTE = "sere_layer"
 
-
-def _route(topk_weights: Tensor, topk_ids: Tensor, router_logits: Tensor, layer_name: str) -> tuple[Tensor, Tensor]:
-    from vllm.forward_context import get_forward_context
-
-    layer: LayerState = getattr(get_forward_context().no_compile_layers[layer_name], _ATTRIBUTE)
-    weights, ids = layer.route(topk_weights, topk_ids, router_logits)
-    # A custom op must not return its arguments.
-    return weights.clone() if weights is topk_weights else weights, ids.clone() if ids is topk_ids else ids
-
-
-def _route_fake(topk_weights: Tensor, topk_ids: Tensor, router_logits: Tensor, layer_name: str) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(topk_weights), torch.empty_like(topk_ids)
-
-
-_library.impl("route", _route, "CPU")
-torch.library.register_fake("sere::route", _route_fake, lib=_library)
-
-
-def _follow(compute_routing: Callable[..., tuple[Tensor, Tensor]], runner: Any) -> Callable:
-    """The router's own function, followed by the layer's policy."""
-    layer_name = runner.layer_name
-
-    @functools.wraps(compute_routing)
-    def routed(hidden_states: Tensor, router_logits: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        topk_weights, topk_ids = compute_routing(hidden_states, router_logits, *args, **kwargs)
-        if topk_ids.is_cuda:
-            return getattr(runner, _ATTRIBUTE).route(topk_weights, topk_ids, router_logits)
-        return torch.ops.sere.route(topk_weights, topk_ids, router_logits, layer_name)
-
-    return routed
+def attach(runner: Any, layer: LayerState) -> None:
+    """Have a `MoERunner` follow a layer's policy, or another one than before."""
+    object.__setattr__(runner, ATTRIBUTE, layer)
+    follow_router(runner)
+    if layer.policy.rules.compensation.rule != "none" and hasattr(runner.routed_experts, "forward_modular"):
+        hook_output(runner)
 
 
 def _settings(vllm_config: Any) -> dict[str, Any] | None:
@@ -131,8 +101,7 @@ def register() -> None:
                 if state is None:
                     state = ENGINE_STATES[_key(vllm_config)] = EngineState(settings, vllm_config)
                 layer = state.add_layer(self)
-            object.__setattr__(self, _ATTRIBUTE, layer)
-            self.router._compute_routing = _follow(self.router._compute_routing, self)
+            attach(self, layer)
 
         return init
 
@@ -141,9 +110,9 @@ def register() -> None:
             model = original(self, vllm_config, *args, **kwargs)
             if _settings(vllm_config) is not None:
                 for runner in vllm_config.compilation_config.static_forward_context.values():
-                    experts = self_selecting_experts(runner) if hasattr(runner, _ATTRIBUTE) else None
-                    if experts is not None and not hasattr(experts._select_experts, "__wrapped__"):
-                        experts._select_experts = _follow(experts._select_experts, runner)
+                    experts = self_selecting_experts(runner) if hasattr(runner, ATTRIBUTE) else None
+                    if experts is not None and not hasattr(experts._select_experts, "sere_original"):
+                        experts._select_experts = follow(experts._select_experts, runner)
             return model
 
         return load_model

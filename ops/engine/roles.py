@@ -19,6 +19,8 @@ class TokenRoles:
             touches: the decision is taken here, on the device, and policies need not know of it.
         step: int64 `[3]`: decode rows of the step (whether it is left alone or not), rows that are not padding, and 1 if any
             row's role is DECODE.
+        capacity: Most rows a step can have.
+        may_reroute: False in a step in which surely no row's role is DECODE. On a GPU only the device knows: True.
     """
 
     def __init__(
@@ -34,16 +36,26 @@ class TokenRoles:
             min_tokens: Fewer decode rows than this: left alone.
             max_tokens: More rows than this: left alone.
         """
+        self.capacity = capacity
         self.roles = torch.zeros(capacity, dtype=torch.int8, device=device)
+        self.may_reroute = device.type != "cpu"
+        self._last_rows = self.roles
         self.step = torch.zeros(3, dtype=torch.int64, device=device)
         self._rows = torch.arange(capacity, dtype=torch.int64, device=device)
         self._decode_length = capacity if phase == "all" else decode_length
         self._min_tokens, self._max_tokens = min_tokens, max_tokens
 
+    def rows(self, num_rows: int) -> Tensor:
+        """The roles of a step's rows: all layers of a step ask for as many."""
+        if self._last_rows.shape[0] != num_rows:
+            self._last_rows = self.roles[:num_rows]
+        return self._last_rows
+
     def clear(self) -> None:
         """A step without known roles (profiling, warm-up): every row is padding."""
         self.roles.zero_()
         self.step.zero_()
+        self.may_reroute = self.roles.is_cuda
 
     def fill(self, query_start_loc: Tensor) -> None:
         """Set the roles of a step.
@@ -77,6 +89,8 @@ class TokenRoles:
         reroutes = (num_decode_rows >= self._min_tokens) & (num_rows <= self._max_tokens)
         self.step.copy_(torch.stack([num_decode_rows, num_rows, reroutes]))
         self.roles.copy_(torch.where(decode & reroutes, DECODE, torch.where(real, PREFILL, PADDING)))
+        if self.roles.device.type == "cpu":
+            self.may_reroute = bool(reroutes)
 
 
 def _fields(metadata_class: type[Any]) -> set[str]:

@@ -8,43 +8,27 @@ from torch import Tensor
 
 from sere.conf.errors import ConfigError
 from sere.conf.schema import RerouteConfig
-from sere.ops.engine.checks import find_attention_layer, refuse_engine_modes, refuse_monolithic, refuse_router
+from sere.ops.engine.checks import (
+    find_attention_layer,
+    refuse_engine_modes,
+    refuse_monolithic,
+    refuse_router,
+    refuse_self_selecting,
+)
 from sere.ops.engine.counters import CounterFile
+from sere.ops.engine.layer import ATTRIBUTE, LayerState
+from sere.ops.engine.output_hook import refuse_output, share_of
 from sere.ops.engine.roles import TokenRoles, fill_from_metadata
+from sere.ops.engine.router_hook import own_routing
+from sere.ops.engine.routers import ask_router
 from sere.ops.model_digest import model_digest
+from sere.ops.policies.compensation import Compensator
 from sere.ops.policies.policy import LayerInfo, Policy
+from sere.ops.policies.requirements import check_artifact
+from sere.ops.policies.scoring import Scoring
 from sere.ops.similarity import SimilarityArtifact
 
 logger = logging.getLogger("vllm.sere")
-
-
-class LayerState:
-    """One MoE layer: its policy and its counters."""
-
-    def __init__(self, policy: Policy, roles: TokenRoles) -> None:
-        self.policy = policy
-        self.roles = roles
-        self.counters: Tensor | None = None
-
-    @property
-    def has_work(self) -> bool:
-        """Whether steps need anything done at all."""
-        return self.policy.changes_routing or self.counters is not None
-
-    def route(self, topk_weights: Tensor, topk_ids: Tensor, router_logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Apply the policy to one step and count what it did: `Policy.route_and_count`."""
-        if not self.has_work:
-            return topk_weights, topk_ids
-        num_rows = topk_ids.shape[0]
-        if num_rows > self.roles.roles.numel():
-            raise RuntimeError(
-                f"a step has {num_rows} rows, more than the {self.roles.roles.numel()} that max_num_batched_tokens allows: "
-                "token roles cannot be known"
-            )
-        roles = self.roles.roles[:num_rows]
-        return self.policy.route_and_count(
-            topk_weights, topk_ids, router_logits, roles, step=self.roles.step, counters=self.counters
-        )
 
 
 class EngineState:
@@ -66,6 +50,7 @@ class EngineState:
         self.device = torch.device(current_platform.device_type)
         refuse_engine_modes(vllm_config, self.config, self.device)
         self._model = vllm_config.model_config.model
+        self._dtype = vllm_config.model_config.dtype
         self.artifact: SimilarityArtifact | None = None
         if self.device.type == "cuda" and (self.config.policy != "none" or self.config.stats_dir):
             from sere.ops.kernels import cuda
@@ -73,6 +58,7 @@ class EngineState:
             cuda.warm_up(torch.device("cuda", torch.cuda.current_device()))
         if self.config.similarity is not None and self.config.needs_tables:
             self.artifact = SimilarityArtifact.load(self.config.similarity)
+            check_artifact(self.config, self.artifact)
         compilation, scheduler = vllm_config.compilation_config, vllm_config.scheduler_config
         speculative = vllm_config.speculative_config
         self.roles = TokenRoles(
@@ -84,6 +70,7 @@ class EngineState:
             max_tokens=self.config.max_tokens,
         )
         self.layers: dict[int, LayerState] = {}
+        self._differences: dict[int, Tensor] = {}
         self._attention_layer: str | None = None
         self._counters: CounterFile | None = None
         self._serving = False
@@ -98,7 +85,7 @@ class EngineState:
         return any(layer.has_work for layer in self.layers.values())
 
     def add_layer(self, runner: Any) -> LayerState:
-        """Make the policy of one `MoERunner`.
+        """Make the policy of one `MoERunner`: whatever can be refused before weights are loaded is.
 
         Raises:
             ConfigError: if the layer cannot be re-routed, or not with this artifact.
@@ -110,28 +97,66 @@ class EngineState:
                 f"layer {index} has two MoE blocks ({runner.layer_name}): re-routing of such models is not supported, "
                 "remove `sere` from additional_config"
             )
+        # Not the router's count, which includes EPLB's redundant copies: re-routing is before that mapping.
+        num_experts = runner.moe_config.num_logical_experts
+        if self.artifact is not None:
+            if not self.layers:
+                digest = model_digest(self._model) if self.config.check_model else None
+                self.artifact.check_model(num_experts=num_experts, digest=digest)
+            if self.artifact.num_experts != num_experts:
+                raise ConfigError(
+                    f"layer {index} has {num_experts} experts, the artifact's layers {self.artifact.num_experts}: "
+                    "use the artifact of this model"
+                )
+        # A router is asked how it scores once its weights are loaded.
+        self.layers[index] = LayerState(self._policy(runner, Scoring(function="softmax")), self.roles)
+        return self.layers[index]
+
+    def _policy(self, runner: Any, scoring: Scoring | None) -> Policy:
         renormalize = getattr(runner.router, "renormalize", None)
         info = LayerInfo(
-            index=index,
-            # Not the router's count, which includes EPLB's redundant copies: re-routing is before that mapping.
+            index=runner.layer_id,
             num_experts=runner.moe_config.num_logical_experts,
             top_k=runner.router.top_k,
             renormalize=None if renormalize is None else bool(renormalize),
             device=self.device,
+            scoring=scoring,
         )
-        tables = None
-        if self.artifact is not None:
-            if not self.layers:
-                digest = model_digest(self._model) if self.config.check_model else None
-                self.artifact.check_model(num_experts=info.num_experts, digest=digest)
-            tables = {name: self.artifact.matrix(index, name) for name in self.artifact.metrics}
-            if self.artifact.num_experts != info.num_experts:
-                raise ConfigError(
-                    f"layer {index} has {info.num_experts} experts, the artifact's layers {self.artifact.num_experts}: "
-                    "use the artifact of this model"
-                )
-        self.layers[index] = LayerState(Policy(self.config, info, tables), self.roles)
-        return self.layers[index]
+        return Policy(self.config, info, self._tables(runner.layer_id))
+
+    def _tables(self, index: int) -> dict[str, Tensor]:
+        return self.artifact.layer_tables(index) if self.artifact is not None else {}
+
+    def _complete(self, runner: Any) -> None:
+        """Finish a layer with what is known after weights are loaded and kernels made."""
+        refuse_monolithic(runner)
+        layer = self.layers[runner.layer_id]
+        rules = layer.policy.rules
+        if not layer.policy.changes_routing:
+            return
+        if rules.needs_scores:
+            refuse_self_selecting(runner, self.config.policy)
+            scoring = ask_router(
+                runner.router,
+                own_routing(runner),
+                layer_name=runner.layer_name,
+                num_experts=layer.policy.layer.num_experts,
+                hidden_size=runner.moe_config.hidden_dim,
+                dtype=self._dtype,
+                device=self.device,
+            )
+            layer.policy = self._policy(runner, scoring)
+        if rules.compensation.rule != "none":
+            compensator = Compensator(rules.compensation, self._tables(runner.layer_id), device=self.device, dtype=self._dtype)
+            refuse_output(runner, self.config.policy, compensator.means.shape[1])
+            layer.compensate_with(compensator, self._difference(layer.policy.layer.num_experts), share_of(runner))
+
+    def _difference(self, num_experts: int) -> Tensor:
+        """The buffer that layers with so many experts share."""
+        if num_experts not in self._differences:
+            shape = (self.roles.capacity, num_experts)
+            self._differences[num_experts] = torch.zeros(shape, dtype=torch.float32, device=self.device)
+        return self._differences[num_experts]
 
     def status(self) -> dict[str, Any]:
         """What `assert_rerouting` asks of a worker."""
@@ -154,8 +179,8 @@ class EngineState:
                 "remove `sere` from additional_config"
             )
         for layer in vllm_config.compilation_config.static_forward_context.values():
-            if hasattr(layer, "sere_layer"):
-                refuse_monolithic(layer)
+            if hasattr(layer, ATTRIBUTE):
+                self._complete(layer)
         self._attention_layer = find_attention_layer(vllm_config, self.device)
         if self._counters is None and self.layers:
             rank = get_tensor_model_parallel_rank()

@@ -90,12 +90,13 @@ def apply_settings(llm: Any, sere: dict[str, Any]) -> None:
     Raises:
         ConfigError: as the engine's start would.
     """
+    from sere.ops.engine.plugin import attach
     from sere.ops.engine.state import ENGINE_STATES, EngineState
 
     vllm_config = core(llm).vllm_config
     state = EngineState(sere, vllm_config)
     for runner in moe_layers(llm).values():
-        object.__setattr__(runner, "sere_layer", state.add_layer(runner))
+        attach(runner, state.add_layer(runner))
     state.finish_start(vllm_config)
     ENGINE_STATES[id(vllm_config.compilation_config.static_forward_context)] = state
 
