@@ -131,6 +131,7 @@ int64_t run(const Call& call) {
         cast_votes(step);
         if (step.plan.targets == SIMILAR) scratch.replacement.assign(num_experts, -1);
         if (step.plan.targets == OWN) {
+            scratch.outside.resize(filled);
             scratch.gate.assign(filled, -INFINITE);
             for (const int32_t expert : scratch.active_list) scratch.gate[expert] = 0;
         }

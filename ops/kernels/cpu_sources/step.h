@@ -73,6 +73,7 @@ struct Scratch {
     std::vector<double> sums;                 // [E filled up]
     std::vector<float> gate;                  // [E filled up]: 0 for active experts, else minus infinity
     std::vector<float> logits, scores, keys;  // [E filled up], of one row
+    std::vector<float> outside;               // [E filled up], of one row
     std::vector<double> shares;               // [T]
     std::vector<int32_t> rows;                // [T]
 };

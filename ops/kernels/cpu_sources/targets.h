@@ -79,75 +79,106 @@ uint64_t drop(const Step<Id>& step, Row<Id>& row, bool unvoted) {
     return moved;
 }
 
-// The best `most` active experts by key that are not marked, best first, the lowest id first among equals; returns how many.
-template <class Id>
-int best_active(const Step<Id>& step, const RowScores<Id>& scores, int most, int32_t* experts) {
-    const Scratch& scratch = step.scratch;
-    float found[MAX_SLOTS];
-    int size = 0;
-    float worst = -INFINITE;
-    const float *keys = scores.keys.data(), *gate = scratch.gate.data();
-    for (size_t block = 0; block < scores.keys.size(); block += LANES) {
-        // Most blocks have nothing that is good enough.
-        int any = 0;
-        for (int j = 0; j < LANES; ++j) any |= keys[block + j] + gate[block + j] > worst;
-        if (!any) continue;
-        for (size_t e = block; e < block + LANES; ++e) {
-            const float key = keys[e] + gate[e];
-            if (!(key > worst) || scratch.mark[e]) continue;
-            int place = size < most ? size++ : most - 1;
-            for (; place > 0 && key > found[place - 1]; --place)
-                found[place] = found[place - 1], experts[place] = experts[place - 1];
-            found[place] = key, experts[place] = static_cast<int32_t>(e);
-            if (size == most) worst = found[most - 1];
-        }
+// An expert, and what a row's router ranks it by; minus infinity: there is none.
+struct Candidate {
+    float key;
+    int32_t expert;
+};
+
+// The largest key and the first expert that has it. Without branches on the data, which no processor could predict.
+inline Candidate best_of(std::span<const float> keys) {
+    using Keys = float __attribute__((vector_size(LANES * sizeof(float))));
+    using Experts = int32_t __attribute__((vector_size(LANES * sizeof(int32_t))));
+    Keys most = Keys{} - INFINITE;
+    Experts experts, firsts = Experts{} + std::numeric_limits<int32_t>::max();
+    for (int j = 0; j < LANES; ++j) experts[j] = j;
+    for (size_t block = 0; block < keys.size(); block += LANES, experts += LANES) {
+        Keys some;
+        std::memcpy(&some, keys.data() + block, sizeof(some));
+        firsts = some > most ? experts : firsts;
+        most = some > most ? some : most;
     }
-    return size;
+    float largest[LANES];
+    std::memcpy(largest, &most, sizeof(largest));
+    for (int width = LANES / 2; width > 0; width /= 2)
+        for (int j = 0; j < width; ++j) largest[j] = largest[j] > largest[j + width] ? largest[j] : largest[j + width];
+    firsts = most == largest[0] ? firsts : std::numeric_limits<int32_t>::max();
+    int32_t lowest[LANES];
+    std::memcpy(lowest, &firsts, sizeof(lowest));
+    for (int width = LANES / 2; width > 0; width /= 2)
+        for (int j = 0; j < width; ++j) lowest[j] = lowest[j] < lowest[j + width] ? lowest[j] : lowest[j + width];
+    return {largest[0], lowest[0]};
 }
 
-// The row's voted experts, then the best others of the active ones, as many as the row has slots (arXiv 2511.02237).
+// The slots of some whose experts are active and can be chosen.
+template <class Id>
+uint64_t reachable(const Step<Id>& step, const RowScores<Id>& scores, int64_t row, uint64_t slots) {
+    uint64_t found = 0;
+    for (uint64_t rest = slots; rest; rest &= rest - 1) {
+        const int slot = std::countr_zero(rest);
+        const int64_t expert = step.expert(row, slot);
+        found |= static_cast<uint64_t>(scores.keys[expert] + step.scratch.gate[expert] > -INFINITE) << slot;
+    }
+    return found;
+}
+
+// The slot of some that ranks last by key, the highest expert id among equals.
+template <class Id>
+int last_of(const Step<Id>& step, const RowScores<Id>& scores, int64_t row, uint64_t slots) {
+    int last = std::countr_zero(slots);
+    for (uint64_t rest = slots & (slots - 1); rest; rest &= rest - 1) {
+        const int slot = std::countr_zero(rest);
+        const int64_t expert = step.expert(row, slot), other = step.expert(row, last);
+        const float key = scores.keys[expert], lowest = scores.keys[other];
+        if (key < lowest || (key == lowest && expert > other)) last = slot;
+    }
+    return last;
+}
+
+// The row's voted experts, then the best others of the active ones, as many as the row has slots (arXiv 2511.02237). Of its
+// other own experts all that are active stay unless an outsider is better, which in a row as its router left it none is.
 template <class Id>
 uint64_t move_to_own(const Step<Id>& step, RowScores<Id>& scores, Row<Id>& row) {
-    constexpr uint8_t CHOSEN = 1, SELECTED = 2;
     Scratch& scratch = step.scratch;
     const uint64_t used = scratch.used[row.index], voted = scratch.voted[row.index];
-    const int most = std::popcount(used) - std::popcount(voted);
-    if (most <= 0) return 0;
+    if (used == voted) return 0;
     scores.load(row.index);
-    for (uint64_t rest = voted; rest; rest &= rest - 1)
-        scratch.mark[step.expert(row.index, std::countr_zero(rest))] = CHOSEN;
-    int32_t chosen[MAX_SLOTS];
-    const int size = best_active(step, scores, most, chosen);
-    for (int i = 0; i < size; ++i) scratch.mark[chosen[i]] |= CHOSEN;
-    uint64_t moved = 0;
-    for (uint64_t rest = used; rest; rest &= rest - 1) {
+    uint64_t staying = reachable(step, scores, row.index, used & ~voted);
+    const int num_free = std::popcount(used & ~voted) - std::popcount(staying);
+    float* outside = scratch.outside.data();
+    for (size_t e = 0; e < scores.keys.size(); ++e) outside[e] = scores.keys[e] + scratch.gate[e];
+    for (uint64_t rest = used; rest; rest &= rest - 1)
+        scratch.outside[step.expert(row.index, std::countr_zero(rest))] = -INFINITE;
+    int32_t arriving[MAX_SLOTS];
+    int size = 0;
+    Candidate best = best_of(scratch.outside);
+    const auto take = [&] {
+        arriving[size++] = best.expert;
+        scratch.outside[best.expert] = -INFINITE;
+        best = best_of(scratch.outside);
+    };
+    while (size < num_free && best.key > -INFINITE) take();
+    while (staying && best.key > -INFINITE) {
+        const int slot = last_of(step, scores, row.index, staying);
+        const int64_t expert = step.expert(row.index, slot);
+        const float key = scores.keys[expert];
+        if (best.key < key || (best.key == key && best.expert > expert)) break;
+        take();
+        staying &= ~(uint64_t{1} << slot);
+    }
+    const uint64_t moved = used & ~voted & ~staying;
+    if (!moved) return 0;
+    double selected = 0;
+    for (uint64_t rest = used; rest; rest &= rest - 1)
+        selected += scores.proportion(step.expert(row.index, std::countr_zero(rest)));
+    const double scale = selected > 0 ? step.total(row.index) / selected : 0.0;
+    int next = 0;
+    for (uint64_t rest = moved; rest; rest &= rest - 1) {
         const int slot = std::countr_zero(rest);
-        uint8_t& mark = scratch.mark[step.expert(row.index, slot)];
-        if (!(mark & CHOSEN)) moved |= uint64_t{1} << slot;
-        mark |= SELECTED;
+        const int64_t expert = next < size ? arriving[next] : first_active(step, row.index);
+        row.base[slot] = next++ < size ? scores.proportion(expert) * scale : 0.0;
+        row.ids[slot] = static_cast<Id>(expert);
     }
-    if (moved) {
-        double selected = 0;
-        for (uint64_t rest = used; rest; rest &= rest - 1)
-            selected += scores.proportion(step.expert(row.index, std::countr_zero(rest)));
-        const double scale = selected > 0 ? step.total(row.index) / selected : 0.0;
-        int next = 0;
-        int64_t empty = -1;
-        for (uint64_t rest = moved; rest; rest &= rest - 1) {
-            const int slot = std::countr_zero(rest);
-            while (next < size && scratch.mark[chosen[next]] & SELECTED) ++next;
-            if (next < size) {
-                row.base[slot] = scores.proportion(chosen[next]) * scale;
-                row.ids[slot] = static_cast<Id>(chosen[next++]);
-            } else {
-                if (empty < 0) empty = first_active(step, row.index);
-                row.base[slot] = 0;
-                row.ids[slot] = static_cast<Id>(empty);
-            }
-        }
-    }
-    for (int i = 0; i < size; ++i) scratch.mark[chosen[i]] = 0;
-    for (uint64_t rest = used; rest; rest &= rest - 1) scratch.mark[step.expert(row.index, std::countr_zero(rest))] = 0;
     return moved;
 }
 
