@@ -156,8 +156,15 @@ def _agrees_with_reference(device: torch.device) -> bool:
     neighbours = sorted_neighbours(similarity, 0.5).to(device)
     right = torch.equal(roles.cpu(), expected_roles)
     own = _own_targets()
-    rules, router = own.rules(0), dict(scoring=scoring, neighbours=None, tables={}, device=device)
-    routing = Routing(rules, weights="renormalize", num_experts=num_experts, **router)
+    routing = Routing(
+        own.rules(0),
+        weights="renormalize",
+        num_experts=num_experts,
+        scoring=scoring,
+        neighbours=None,
+        tables={},
+        device=device,
+    )
     for dtype in (torch.int32, torch.int64):
         new_ids = ids.to(device, dtype, copy=True)
         reroute(

@@ -27,11 +27,14 @@ class Compensator:
             dtype: Of the layer's activations; the tables are kept in bfloat16 or, if it is float32, in that.
 
         Raises:
-            ConfigError: if the artifact has surrogates of a lower rank only.
+            ConfigError: if the artifact has surrogates of a lower rank only, or the CUDA kernels cannot be compiled.
         """
         self.rank = compensation.rank if compensation.rule == "surrogate" else 0
+        self.inputs: Tensor | None = None
+        self.outputs: Tensor | None = None
         if not self.rank:
             self.means = tables["means"].to(device, dtype).contiguous()
+            self._prepare_launches(device)
             return
         stored = len(tables["surrogate_means"])
         if self.rank > stored:
@@ -44,11 +47,22 @@ class Compensator:
             tables[name].unflatten(0, (-1, stored))[:, : self.rank].flatten(0, 1).to(device, dtype).contiguous()
             for name in ("surrogate_in", "surrogate_out")
         )
+        self._prepare_launches(device)
+
+    def _prepare_launches(self, device: torch.device) -> None:
+        """Compile the CUDA kernels where they take this layer; torch's operations do the few others."""
+        self.launches = False
+        if device.type == "cuda":
+            from sere.ops.kernels import compensating
+
+            self.launches = compensating.takes(self.means)
+            if self.launches:
+                compensating.compile_for(self.means.dtype, device)
 
     @property
     def num_values(self) -> int:
         """Numbers in all its tables: what a step reads at most."""
-        return self.means.numel() + (self.inputs.numel() + self.outputs.numel() if self.rank else 0)
+        return sum(table.numel() for table in (self.means, self.inputs, self.outputs) if table is not None)
 
     def add(self, output: Tensor, hidden_states: Tensor, difference: Tensor, share: float = 1.0) -> Tensor:
         """The compensated output.
@@ -62,9 +76,14 @@ class Compensator:
         Returns:
             A new tensor like `output`.
         """
+        if self.launches and output.dtype == hidden_states.dtype == self.means.dtype:
+            from sere.ops.kernels.compensating import compensate
+
+            states, lost = hidden_states.contiguous(), difference.contiguous()
+            return compensate(output.contiguous(), states, lost, self.means, self.inputs, self.outputs, share=share)
         lost = difference.to(self.means.dtype)
         added = lost @ self.means
-        if self.rank:
+        if self.inputs is not None and self.outputs is not None:
             projections = hidden_states.to(self.means.dtype) @ self.inputs.T
             added = torch.addmm(added, projections * lost.repeat_interleave(self.rank, dim=1), self.outputs)
         return output + (added * share).to(output.dtype)

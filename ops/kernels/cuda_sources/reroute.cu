@@ -7,6 +7,7 @@
 // Legend: T rows (tokens), K slots per row (top_k), E experts. blockDim.x is a multiple of 32 and at least E.
 // Bounds: 1 <= K <= 32, 1 <= E <= 1024; T is any. An id outside [0, E) is an unused slot and indexes nothing.
 
+#include "numbers.cuh"
 #include "step.cuh"
 
 constexpr int MAX_THREADS = 1024;

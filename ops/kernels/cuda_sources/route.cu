@@ -8,6 +8,7 @@
 // Bounds: 1 <= K <= 32, 1 <= E <= 32 EXPERTS_PER_LANE, at most 32 groups; T is any. An id outside [0, E) is an unused slot and
 // indexes nothing. Weights are finite and not negative.
 
+#include "numbers.cuh"
 #include "step.cuh"
 #include "router.cuh"
 #include "votes.cuh"
@@ -166,12 +167,13 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, 1) sere_route(
     int logits_type, int sigmoid, int by_scores, int num_groups, int groups_kept, int best_two
 ) {
     __shared__ unsigned marks[MAX_EXPERTS];
-    __shared__ unsigned primary[MAX_EXPERTS / WARP], elected[MAX_EXPERTS / WARP];
+    __shared__ unsigned primary[MAX_EXPERTS / WARP];
+    __shared__ Ballot ballot;
     __shared__ unsigned taken[MAX_THREADS / WARP][WARP];
     __shared__ unsigned short replacements[MAX_EXPERTS];
     __shared__ double shares[MAX_THREADS];
     __shared__ unsigned long long points[MAX_EXPERTS];
-    __shared__ int num_active[2];  // before, after
+    __shared__ int num_active[2], num_rerouted, num_critical;  // active: before, after
 
     const int thread = threadIdx.x, num_threads = blockDim.x, lane = thread % WARP, warp = thread / WARP;
     const bool reroutes = step_info == nullptr || step_info[2] != 0;
@@ -180,28 +182,29 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, 1) sere_route(
     if (!reroutes && !counts && !zeroes) return;
 
     const Step step{topk_weights, topk_ids, roles, num_tokens, top_k, num_experts};
-    const Votes votes{static_cast<VoteRule>(vote_rule), dial, vote_steps, num_vote_steps, by_selection != 0,
-                      static_cast<Score>(score), first != 0, winner, norms, protects};
-    const Router router{logits, bias, static_cast<LogitsType>(logits_type), num_experts, sigmoid != 0, by_scores != 0,
-                        num_groups, groups_kept, best_two != 0};
+    const Votes votes{static_cast<VoteRule>(vote_rule), dial, vote_steps, num_vote_steps, by_selection,
+                      static_cast<Score>(score), first, winner, norms, protects};
+    const Router router{logits, bias, static_cast<LogitsType>(logits_type), num_experts, sigmoid, by_scores,
+                        num_groups, groups_kept, best_two};
     int width = 1;
     while (width < top_k) width *= 2;
 
     for (int expert = thread; expert < MAX_EXPERTS; expert += num_threads) marks[expert] = 0;
     if (thread < MAX_EXPERTS / WARP) primary[thread] = 0;
-    if (thread < 2) num_active[thread] = 0;
+    if (thread == 0) {
+        num_active[0] = num_active[1] = num_rerouted = num_critical = 0;
+        ballot.num_whole = static_cast<int>(dial);
+        ballot.cut_share = 2;
+    }
     __syncthreads();
 
     // 1. Votes.
-    Ballot ballot;
     if (reroutes) {
-        ballot.num_whole = static_cast<int>(dial);
         const bool elects = votes.rule == BENEFIT || votes.rule == BUDGET;
-        if (elects || (votes.rule == TOP && (num_vote_steps > 0 || dial != ballot.num_whole))) {
+        if (elects || (votes.rule == TOP && (num_vote_steps > 0 || dial != floor(dial)))) {
             const int num_decode_rows = count_decode_rows(step);
             if (elects) {
-                elect(step, votes, router, width, num_decode_rows, points, elected);
-                ballot.elected = elected;
+                elect(step, votes, router, width, num_decode_rows, points, &ballot);
             } else {
                 cut(step, votes, router, width, num_decode_rows, shares, &ballot);
             }
@@ -236,11 +239,13 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, 1) sere_route(
     // 3. Decode rows: targets, weights, difference. Under `own` a warp has one row, else as many as their slots have room.
     if (target_rule == OWN) width = WARP;
     const int rows_per_warp = WARP / width, number = lane % width;
-    int num_rerouted = 0, num_critical = 0;
     for (int group = warp; (reroutes || zeroes) && group * rows_per_warp < num_tokens; group += num_threads / WARP) {
         const int row = group * rows_per_warp + lane / width;
-        float* row_difference = difference + static_cast<unsigned>(row) * num_experts;
-        for (int expert = number; zeroes && row < num_tokens && expert < num_experts; expert += width) row_difference[expert] = 0;
+        const unsigned row_begin = static_cast<unsigned>(row) * num_experts;
+#pragma unroll 1
+        for (int expert = number; zeroes && row < num_tokens && expert < num_experts; expert += width) {
+            difference[row_begin + expert] = 0;
+        }
         if (!__any_sync(ALL_LANES, row < num_tokens && roles[row] == DECODE)) continue;
 
         const Slot slot = load_slot(step, votes, router, row, number, width);
@@ -260,13 +265,14 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, 1) sere_route(
             if (move.emptied) move.expert = expert, move.base = 0;
         }
         const float weight = weigh(slot, move, static_cast<WeightRule>(weight_rule), folds, num_experts, width);
-        if (difference != nullptr) write_difference(slot, move.expert, weight, top_k, number, width, row_difference);
+        if (difference != nullptr) write_difference(slot, move.expert, weight, top_k, number, width, difference + row_begin);
         if (!changeable) continue;
         if (move.expert != slot.expert) topk_ids[slot.index] = move.expert;
         if (weight != slot.weight) topk_weights[slot.index] = weight;
-        num_rerouted += move.expert != slot.expert;
-        num_critical += move.expert == slot.expert && !is_active;
-        if (counts) atomicOr(&marks[move.expert], AFTERWARDS);
+        if (!counts) continue;
+        atomicOr(&marks[move.expert], AFTERWARDS);
+        if (move.expert != slot.expert) atomicAdd(&num_rerouted, 1);
+        if (move.expert == slot.expert && !is_active) atomicAdd(&num_critical, 1);
     }
 
     // 4. Counters.
@@ -278,11 +284,9 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, 1) sere_route(
             const unsigned word = __ballot_sync(ALL_LANES, after);
             if (lane == 0) atomicAdd(&num_active[1], __popc(word));
         }
-        num_rerouted = __reduce_add_sync(ALL_LANES, num_rerouted);
-        num_critical = __reduce_add_sync(ALL_LANES, num_critical);
-        if (lane == 0 && num_rerouted > 0) atomicAdd(&counters[REROUTED_SLOTS], num_rerouted);
-        if (lane == 0 && num_critical > 0) atomicAdd(&counters[CRITICAL_SLOTS], num_critical);
+        __syncthreads();
+        if (thread == 0) atomicAdd(&counters[REROUTED_SLOTS], num_rerouted);
+        if (thread == 0) atomicAdd(&counters[CRITICAL_SLOTS], num_critical);
     }
-    __syncthreads();
     if (thread == 0) count_experts(counters, step_info, top_k, num_active[0], num_active[reroutes ? 1 : 0]);
 }

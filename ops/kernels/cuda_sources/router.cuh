@@ -1,6 +1,6 @@
 // What a router ranks a row's experts by, and what they score: ops/policies/scoring.py, for one warp and one row.
 //
-// Included by route.cu after step.cuh. EXPERTS_PER_LANE (1 to 32) times 32 is the most experts a layer can have: a lane holds
+// Included by route.cu after numbers.cuh and step.cuh. EXPERTS_PER_LANE (1 to 32) times 32 is the most experts a layer can have: a lane holds
 // that many values in registers.
 
 #ifndef EXPERTS_PER_LANE
@@ -22,28 +22,21 @@ __device__ __forceinline__ float from_ordered(unsigned order) {
     return __uint_as_float(order >> 31 ? order & 0x7fffffffu : ~order);
 }
 
-__device__ __forceinline__ float from_half(unsigned short half) {
-    const unsigned sign = (half & 0x8000u) << 16, rest = half & 0x7fffu;
-    // Shifted into place, the exponent is 112 too small; that of infinity and NaN is all ones.
-    const float value = __uint_as_float(rest << 13) * __uint_as_float(0x77800000u);
-    return __uint_as_float(__float_as_uint(value) | (rest >= 0x7c00u ? 0x7f800000u : 0) | sign);
-}
-
 struct Router {
     const void* logits;  // [T, E] of `type`
     const float* bias;   // [E]; null: none
     LogitsType type;
     int num_experts;
-    bool sigmoid;    // else softmax
-    bool by_scores;  // ranks by scores, plus bias; else by logits, which is the same for a softmax without bias
+    int sigmoid;    // 1, else softmax
+    int by_scores;  // 1: ranks by scores, plus bias; else by logits, which is the same for a softmax without bias
     int num_groups, groups_kept;
-    bool best_two;  // groups are ranked by the sum of their best two, else by their best
+    int best_two;  // 1: groups are ranked by the sum of their best two, else by their best
 
     __device__ __forceinline__ float logit(int row, int expert) const {
         const unsigned index = static_cast<unsigned>(row) * num_experts + expert;
         if (type == FLOAT32) return static_cast<const float*>(logits)[index];
-        const unsigned short bits = static_cast<const unsigned short*>(logits)[index];
-        return type == BFLOAT16 ? __uint_as_float(static_cast<unsigned>(bits) << 16) : from_half(bits);
+        if (type == BFLOAT16) return static_cast<const Bfloat16*>(logits)[index];
+        return static_cast<const Float16*>(logits)[index];
     }
 
     // A score up to a factor, which for a softmax is that of `largest`, any logit of the row that keeps exp in range.
@@ -76,8 +69,7 @@ __device__ __forceinline__ float score(const Router& router, float logit, const 
 }
 
 // What the router ranks an expert by, but for its groups; + 0 so that -0 is 0.
-__device__ __forceinline__ float rank_key(const Router& router, int row, int expert, const Softmax& softmax) {
-    const float logit = router.logit(row, expert);
+__device__ __forceinline__ float rank_key(const Router& router, float logit, int expert, const Softmax& softmax) {
     if (!router.by_scores) return logit + 0.0f;
     const float value = score(router, logit, softmax);
     return (router.bias == nullptr ? value : value + router.bias[expert]) + 0.0f;
@@ -93,7 +85,12 @@ struct Keys {
 #pragma unroll
         for (int i = 0; i < EXPERTS_PER_LANE; ++i) {
             const int expert = i * WARP + lane;
-            const float key = expert < router.num_experts ? rank_key(router, row, expert, softmax) : -INFINITY_32;
+            of[i] = expert < router.num_experts ? router.logit(row, expert) : -INFINITY_32;
+        }
+        // Once all loads are on their way. Past the last expert keys do not matter: they are in no mask and no group.
+#pragma unroll
+        for (int i = 0; i < EXPERTS_PER_LANE; ++i) {
+            const float key = rank_key(router, of[i], min(i * WARP + lane, router.num_experts - 1), softmax);
             of[i] = fabsf(key) < INFINITY_32 ? key : -INFINITY_32;
         }
         if (router.groups_kept < router.num_groups) keep_groups(router, lane);

@@ -1,6 +1,6 @@
 // What the kernels of a step have in common: roles, what is known of an expert, the search for a replacement, the counters.
 //
-// Included once by each of them (compile.py puts it in the include's place). Compiled once with -DTOPK_INT64, for ids of 64
+// Included once by each of them, after numbers.cuh (compile.py puts both in the includes' place). Compiled once with -DTOPK_INT64, for ids of 64
 // bits, and once without.
 
 #ifdef TOPK_INT64
@@ -12,8 +12,7 @@ using TopkId = int;
 namespace {
 
 constexpr int PADDING = 0, PREFILL = 1, DECODE = 2;  // ops/reference.py
-constexpr int MAX_EXPERTS = 1024, WARP = 32;
-constexpr unsigned ALL_LANES = 0xffffffffu;
+constexpr int MAX_EXPERTS = 1024;
 
 // So many lanes search one expert's neighbours together, each testing the 8 ids of one 16-byte load at a time.
 constexpr int GROUP = 8, IDS_PER_LOAD = 8;

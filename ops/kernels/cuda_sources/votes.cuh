@@ -23,20 +23,20 @@ struct Votes {
     double dial;              // top: S; mass, share: the rule's own; benefit: least points; budget: experts
     const double* steps;      // [num_steps, 2], top: least decode rows and S, ascending; null: dial
     int num_steps;
-    bool by_selection;        // top: slots are ranked by what the router ranks by, else by weight
+    int by_selection;         // 1: top: slots are ranked by what the router ranks by, else by weight
     Score score;              // budget
-    bool first;               // budget: each row's first comes before all others
+    int first;                // 1: budget: each row's first comes before all others
     double winner;            // budget: so does an expert with more than this share of a row's weights
     const float* norms;       // [E]; benefit, and budget by norms
     const signed char* protects;  // [E], 1: always voted for; null: none
 };
 
-// What a step's votes are counted with.
+// What a step's votes are counted with, in shared memory.
 struct Ballot {
-    int num_whole = 0;       // top: slots of each row
-    double cut_share = 2;    // top: rows whose next slot has more than this share (of 1) vote once more,
-    int cut_row = -1;        // and those with as much, up to this row
-    const unsigned* elected = nullptr;  // benefit, budget: a mask of experts
+    int num_whole;     // top: slots of each row
+    double cut_share;  // top: rows whose next slot has more than this share vote once more; above 1: none
+    int cut_row;       // and those with as much, up to this row
+    unsigned elected[MAX_EXPERTS / WARP];  // benefit, budget: a mask of experts
 };
 
 struct Slot {
@@ -75,7 +75,8 @@ __device__ __forceinline__ Slot load_slot(
     if (votes.by_selection) {
         Softmax softmax;
         if (router.by_scores && !router.sigmoid) softmax = softmax_of(router, row, row < step.num_tokens, slot, width);
-        const float key = found.expert >= 0 ? rank_key(router, row, found.expert, softmax) : -INFINITY_32;
+        const float logit = found.expert >= 0 ? router.logit(row, found.expert) : 0;
+        const float key = found.expert >= 0 ? rank_key(router, logit, found.expert, softmax) : -INFINITY_32;
         found.place = 0;
 #pragma unroll 1
         for (int other = 0; other < step.top_k; ++other) {
@@ -133,36 +134,38 @@ __device__ __forceinline__ int next_shares(
 __device__ __forceinline__ void cut(
     const Step& step, const Votes& votes, const Router& router, int width, int num_decode_rows, double* shares, Ballot* ballot
 ) {
-    __shared__ double cut_share;
-    __shared__ int cut_row;
     double top_k = votes.dial;
     for (int i = 0; i < votes.num_steps; ++i) {
         if (i == 0 || num_decode_rows >= votes.steps[2 * i]) top_k = votes.steps[2 * i + 1];
     }
-    ballot->num_whole = static_cast<int>(floor(top_k));
+    const int num_whole = static_cast<int>(floor(top_k)), thread = threadIdx.x, num_threads = blockDim.x;
     // Rounded half to even, as Python does.
-    const int num_more = static_cast<int>(rint((top_k - ballot->num_whole) * num_decode_rows));
-    const int thread = threadIdx.x, num_threads = blockDim.x;
-    if (num_more == 0) return;
-    for (int chunk = 0; chunk < step.num_tokens; chunk += num_threads) {
-        if (next_shares(step, votes, router, width, ballot->num_whole, chunk, shares) == 0) continue;
-        const double mine = shares[thread];
+    const int num_more = static_cast<int>(rint((top_k - num_whole) * num_decode_rows));
+    if (thread == 0) ballot->num_whole = num_whole, ballot->cut_share = 2;
+    __syncthreads();
+    const int num_chunks = num_more > 0 ? (step.num_tokens + num_threads - 1) / num_threads : 0;
+    for (int chunk = 0; chunk < num_chunks; ++chunk) {
+        double mine = 0;
         int place = 0;
-        for (int other = 0; other < step.num_tokens; other += num_threads) {
-            if (step.num_tokens > num_threads) {
-                __syncthreads();
-                if (next_shares(step, votes, router, width, ballot->num_whole, other, shares) == 0) continue;
-            }
-            const int end = min(num_threads, step.num_tokens - other);
+        // The chunk's own rows, then those of the others: how many come before this thread's?
+#pragma unroll 1
+        for (int turn = 0; turn < num_chunks; ++turn) {
+            const int other = (chunk + turn) % num_chunks * num_threads;
+            const int num_decoding = next_shares(step, votes, router, width, num_whole, other, shares);
+            if (turn == 0 && num_decoding == 0) break;
+            if (turn == 0) mine = shares[thread];
+            const int end = num_decoding > 0 ? min(num_threads, step.num_tokens - other) : 0;
+#pragma unroll 4
             for (int i = 0; i < end; ++i) {
-                place += shares[i] > mine || (shares[i] == mine && other + i < chunk + thread);
+                place += shares[i] > mine || (shares[i] == mine && other + i < chunk * num_threads + thread);
             }
+            __syncthreads();
+            // The last row that votes once more.
+            const bool is_last = turn == num_chunks - 1 && mine > -2 && place == num_more - 1;
+            if (is_last) ballot->cut_share = mine, ballot->cut_row = chunk * num_threads + thread;
         }
-        if (mine > -2 && place == num_more - 1) cut_share = mine, cut_row = chunk + thread;
-        __syncthreads();
     }
-    ballot->cut_share = cut_share;
-    ballot->cut_row = cut_row;
+    __syncthreads();
 }
 
 // What a slot adds to its expert's points, in units.
@@ -184,16 +187,16 @@ __device__ __forceinline__ long long points_of(const Slot& slot, const Votes& vo
 }
 
 // Rules benefit and budget: the experts that decode rows elect together, a mask. All threads of the block; `points` has room
-// for one value for each expert, and so has `elected`, with zeros past the last.
+// for one value for each expert.
 __device__ __forceinline__ void elect(
     const Step& step, const Votes& votes, const Router& router, int width, int num_decode_rows, unsigned long long* points,
-    unsigned* elected
+    Ballot* ballot
 ) {
     __shared__ unsigned candidates[MAX_EXPERTS / WARP];  // selected by a decode row
     __shared__ unsigned before[MAX_EXPERTS / WARP];      // elected before all others
     const int thread = threadIdx.x, lane = thread % WARP, warp = thread / WARP, num_threads = blockDim.x;
     for (int expert = thread; expert < step.num_experts; expert += num_threads) points[expert] = 0;
-    if (thread < MAX_EXPERTS / WARP) candidates[thread] = before[thread] = elected[thread] = 0;
+    if (thread < MAX_EXPERTS / WARP) candidates[thread] = before[thread] = ballot->elected[thread] = 0;
     __syncthreads();
     const bool by_probability = votes.rule == BUDGET && votes.score == PROBABILITY;
     for (int first = 0; first < step.num_tokens; first += num_threads / width) {
@@ -235,7 +238,7 @@ __device__ __forceinline__ void elect(
             }
             is_elected = place < num_elected;
         }
-        if (is_elected) atomicOr(&elected[expert / WARP], 1u << expert % WARP);
+        if (is_elected) atomicOr(&ballot->elected[expert / WARP], 1u << expert % WARP);
     }
     __syncthreads();
 }

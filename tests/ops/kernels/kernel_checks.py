@@ -6,11 +6,12 @@ import torch
 from hypothesis import event
 from hypothesis import strategies as st
 
-from sere.conf.schema.rules import Votes
+from sere.conf.schema.rules import Compensation, Votes
 from sere.ops.engine.roles import TokenRoles
 from sere.ops.kernels import cuda
 from sere.ops.kernels.counting import COUNTERS, count_step
 from sere.ops.kernels.neighbours import sorted_neighbours
+from sere.ops.policies.compensation import Compensator
 from sere.ops.policies.votes import RoutedStep, cast_votes
 from sere.ops.reference import DECODE, PADDING, PREFILL, reroute_reference
 from sere.ops.reference_step import UNITS
@@ -154,6 +155,60 @@ def check_policy_step(step: PolicyStep, mode: dict, device: torch.device) -> Non
     if mode["differences"]:
         assert not difference[:num_tokens][rest].any()
         torch.testing.assert_close(difference[:num_tokens], expected_difference, rtol=1e-6, atol=1e-6)
+
+
+@st.composite
+def compensations(draw: st.DrawFn) -> dict:
+    """Layers whose experts are compensated, and what each of a step's rows has lost, most of it nothing."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))
+    num_tokens, num_experts = draw(st.integers(0, 40)), draw(st.sampled_from([1, 5, 33, 128]))
+    hidden_size, rank = 8 * draw(st.integers(1, 24)), draw(st.integers(0, 3))
+    difference = torch.randn(num_tokens + draw(st.integers(0, 2)), num_experts, generator=generator)
+    unchanged = torch.rand(difference.shape, generator=generator) > draw(st.sampled_from([0.0, 0.05, 0.3, 1.0]))
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    return dict(
+        rank=rank,
+        tables={
+            "means": normal(num_experts, hidden_size),
+            "surrogate_means": normal(3, num_experts, hidden_size),
+            "surrogate_in": normal(num_experts * 3, hidden_size) / hidden_size**0.5,
+            "surrogate_out": normal(num_experts * 3, hidden_size),
+        },
+        output=normal(num_tokens, hidden_size),
+        hidden_states=normal(num_tokens, hidden_size),
+        difference=difference.masked_fill(unchanged, 0),
+        share=draw(st.sampled_from([1.0, 0.25])),
+        dtype=draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16])),
+    )
+
+
+def check_compensation(case: dict, device: torch.device) -> None:
+    """The launches give the sum of float64, rounded once, and read nothing of experts that lost nothing."""
+    tables, dtype = case["tables"], case["dtype"]
+    rule = Compensation(rule="surrogate" if case["rank"] else "mean", rank=case["rank"])
+    used = case["difference"][: len(case["output"])].any(0)
+    # What is not to be read would spoil the sum.
+    poisoned = {name: table.clone() for name, table in tables.items()}
+    for name, table in poisoned.items():
+        experts = table.view(3, len(used), -1).transpose(0, 1) if name == "surrogate_means" else table.view(len(used), -1)
+        experts[~used] = torch.nan
+    output, states = (case[name].to(dtype) for name in ("output", "hidden_states"))
+    exact_tables = {name: table.to(dtype).double() for name, table in tables.items()}
+    exact = Compensator(rule, exact_tables, device=torch.device("cpu"), dtype=torch.float64)
+    difference = case["difference"][: len(output)].double()
+    expected = exact.add(output.double(), states.double(), difference, share=case["share"])
+
+    compensator = Compensator(rule, poisoned, device=device, dtype=dtype)
+    compensator.launches = True
+    tensors = output.to(device, copy=True), states.to(device), case["difference"].to(device)
+    actual = compensator.add(*tensors, share=case["share"])
+    assert actual.dtype == dtype and torch.equal(tensors[0].cpu(), output)
+    error = {torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
+    torch.testing.assert_close(actual.cpu().double(), expected, rtol=error * 1.01, atol=2e-4)
+    assert torch.equal(compensator.add(*tensors, share=case["share"]), actual), "the same each time"
 
 
 @st.composite

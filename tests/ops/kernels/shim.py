@@ -21,7 +21,9 @@ FOLDER = Path(__file__).parent / "cuda_on_cpu"
 KERNELS = kernels.SOURCES
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 _NUMBER, _NULL_POINTER, _BUFFER, _SAME_AS, _REAL = range(5)
-_POSITIONS = {"sere_reroute": 0, "sere_token_roles": 1, "sere_route": 2}
+_TYPES = ("float32", "bfloat16", "float16")
+_KERNELS = ("sere_reroute", "sere_token_roles", "sere_route")
+_KERNELS += tuple(f"sere_{name}_{dtype}" for name in ("project", "compensate") for dtype in _TYPES)
 _DEFAULT = "-DEXPERTS_PER_LANE=4"
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
@@ -55,7 +57,7 @@ class Shim:
         Raises:
             AssertionError: with the sanitizer's report, if the program died.
         """
-        header = (_POSITIONS[kernel], num_threads, next(self._seeds) % 2**30, *grid, len(arguments))
+        header = (_KERNELS.index(kernel), num_threads, next(self._seeds) % 2**30, *grid, len(arguments))
         request = [struct.pack("6i", *header)]
         tensors: list[torch.Tensor] = []
         positions: dict[int, int] = {}

@@ -20,6 +20,7 @@ SOURCES = [
         for options in ((), ("-DTOPK_INT64",))
     ),
     ("token_roles.cu", (), 1024),
+    ("compensate.cu", (), 256),
 ]
 NAMES = [" ".join((source, *options)) for source, options, _ in SOURCES]
 _REGISTERS = 65536

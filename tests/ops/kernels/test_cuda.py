@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from sere.conf.schema import RerouteConfig
 from sere.ops import op as reroute
 from sere.ops.kernels import cuda
+from sere.ops.kernels.compensating import compensate
 from sere.ops.kernels.counting import COUNTERS
 from sere.ops.kernels.neighbours import sorted_neighbours
 from sere.ops.policies.scoring import Scoring
@@ -18,9 +19,11 @@ from sere.ops.reference import DECODE, PADDING, reroute_reference
 from tests.examples import examples
 from tests.ops.kernels.kernel_checks import (
     batches,
+    check_compensation,
     check_policy_step,
     check_reroute,
     check_token_roles,
+    compensations,
     modes,
     routing_modes,
 )
@@ -114,6 +117,24 @@ def test_a_similarity_whose_changes_cannot_be_seen_is_refused(shims):
         reroute._reroute_topk_cuda(weights, ids, similarity, 1, 0.5, None)
         with pytest.raises(ValueError, match=r"made in inference mode.*outside"):
             reroute._reroute_topk_cuda(weights, ids, similarity.clone(), 1, 0.5, None)
+
+
+@settings(in_bounds, max_examples=examples(150))
+@given(case=compensations())
+def test_compensation(shims, case):
+    check_compensation(case, CPU)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_numbers_of_16_bits_are_rounded_as_torch_rounds_them(shims, dtype):
+    """All of them, and what lies between two: through a layer of one expert, which adds 0 or half a step."""
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    every = every[every.isfinite()].view(-1, 8)
+    means = torch.full((1, 8), 1.0, dtype=dtype)
+    for lost in (0.0, 2.0**-26, 2.0**-25, 1.0, 3.0, 1000.7):
+        difference = torch.full((len(every), 1), lost)
+        actual = compensate(every, every, difference, means, None, None, share=1.0)
+        assert torch.equal(actual, (every.float() + lost).to(dtype))
 
 
 @settings(in_bounds, max_examples=examples(300))

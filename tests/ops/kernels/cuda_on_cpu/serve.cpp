@@ -15,6 +15,8 @@ using TopkId =
     int;
 #endif
 
+struct Bfloat16;
+struct Float16;
 extern "C" {
 void sere_reroute(const float*, const TopkId*, TopkId*, const signed char*, const long long*, const uint4*, unsigned long long*,
                   int, int, int, int, int);
@@ -22,6 +24,12 @@ void sere_token_roles(const int*, signed char*, long long*, int, int, int, int, 
 void sere_route(float*, TopkId*, const signed char*, const long long*, unsigned long long*, float*, const uint4*, const float*,
                 const void*, const float*, const double*, const float*, const signed char*, int, int, int, int, int, int, int,
                 int, int, int, double, double, int, int, int, int, int, int, int, int);
+#define DECLARE(NAME, T)                                                                                     \
+    void sere_project_##NAME(const T*, const T*, const float*, float*, int, int, int, int);                  \
+    void sere_compensate_##NAME(const T*, const T*, const T*, const float*, const float*, T*, double, int, int, int, int);
+DECLARE(float32, float)
+DECLARE(bfloat16, Bfloat16)
+DECLARE(float16, Float16)
 }
 
 namespace {
@@ -69,6 +77,12 @@ std::function<void()> make_launch(int kernel, const Arguments& arguments) {
         case 0: return make_launch(sere_reroute, arguments);
         case 1: return make_launch(sere_token_roles, arguments);
         case 2: return make_launch(sere_route, arguments);
+        case 3: return make_launch(sere_project_float32, arguments);
+        case 4: return make_launch(sere_project_bfloat16, arguments);
+        case 5: return make_launch(sere_project_float16, arguments);
+        case 6: return make_launch(sere_compensate_float32, arguments);
+        case 7: return make_launch(sere_compensate_bfloat16, arguments);
+        case 8: return make_launch(sere_compensate_float16, arguments);
     }
     std::fprintf(stderr, "no kernel %d\n", kernel);
     std::exit(1);
