@@ -1,6 +1,5 @@
 """Compensation in real engines: what is added is the reference's, eager and compiled, and where it cannot be added is said."""
 
-import math
 from types import SimpleNamespace
 
 import pytest
@@ -11,43 +10,10 @@ from sere.conf.schema import RerouteConfig
 from sere.ops.engine.output_hook import refuse_output, share_of
 from sere.ops.reference import DECODE, compensate_reference
 from sere.ops.similarity import SimilarityArtifact
-from tests.conftest import DEMO_MODEL
 from tests.ops.engine.engines import PROMPTS, engine, greedy, moe_layers, tokens
 from tests.ops.engine.recording import Recording
 
 pytestmark = pytest.mark.engine
-
-NUM_EXPERTS, HIDDEN_SIZE, STORED_RANK = 64, 128, 3
-
-
-@pytest.fixture(scope="module")
-def artifact(tmp_path_factory) -> str:
-    """The demo model's, with drawn tables as large as what experts put out: compensation shows."""
-    from sere.ops.model_digest import model_digest
-
-    generator = torch.Generator().manual_seed(1)
-
-    def drawn(*shape):
-        return (torch.randn(*shape, generator=generator) / math.sqrt(HIDDEN_SIZE)).bfloat16()
-
-    matrices, tables = {}, {}
-    for layer in range(4):
-        values = torch.rand(NUM_EXPERTS, NUM_EXPERTS, generator=generator)
-        matrices[layer, "cosine"] = torch.maximum(values, values.T).fill_diagonal_(1)
-        tables[layer, "means"] = drawn(NUM_EXPERTS, HIDDEN_SIZE)
-        for name in ("surrogate_in", "surrogate_out"):
-            tables[layer, name] = drawn(NUM_EXPERTS * STORED_RANK, HIDDEN_SIZE)
-        tables[layer, "surrogate_means"] = drawn(STORED_RANK, NUM_EXPERTS, HIDDEN_SIZE)
-    manifest = {
-        "num_experts": NUM_EXPERTS,
-        "layers": [0, 1, 2, 3],
-        "metrics": ["cosine"],
-        "tables": ["means", "surrogate_in", "surrogate_out", "surrogate_means"],
-        "surrogate_rank": STORED_RANK,
-        "model": {"name": "demo", "digest": model_digest(DEMO_MODEL)},
-    }
-    folder = tmp_path_factory.mktemp("tables")
-    return str(SimilarityArtifact(matrices, manifest, tables).save(folder / "similarity.safetensors"))
 
 
 def record_compensation(llm, monkeypatch):
@@ -96,8 +62,8 @@ def check_steps(settings, recording, calls) -> int:
     ids=["mean", "rank-2", "rank-3"],
 )
 @pytest.mark.parametrize("policy", ["sere_t", "sere"])
-def test_what_is_added_is_the_references(artifact, policy, compensation, monkeypatch):
-    settings = {"policy": policy, "primary_top_k": 1, "similarity": artifact, "compensation": compensation}
+def test_what_is_added_is_the_references(artifact_with_tables, policy, compensation, monkeypatch):
+    settings = {"policy": policy, "primary_top_k": 1, "similarity": artifact_with_tables, "compensation": compensation}
     with engine({**settings, "compensation": {"rule": "none"}}) as llm:
         plain = tokens(llm.generate(PROMPTS, greedy(8), use_tqdm=False))
     with engine(settings) as llm:
@@ -107,8 +73,8 @@ def test_what_is_added_is_the_references(artifact, policy, compensation, monkeyp
     assert outputs != plain, "what was added went on to the next layer"
 
 
-def test_prompts_are_untouched(artifact):
-    settings = {"policy": "sere_t", "primary_top_k": 1, "similarity": artifact, "compensation": {"rule": "mean"}}
+def test_prompts_are_untouched(artifact_with_tables):
+    settings = {"policy": "sere_t", "primary_top_k": 1, "similarity": artifact_with_tables, "compensation": {"rule": "mean"}}
     found = []
     for sere in ({"policy": "none"}, settings):
         with engine(sere) as llm:
@@ -117,13 +83,13 @@ def test_prompts_are_untouched(artifact):
     assert found[0] == found[1]
 
 
-def test_compiled_engine(artifact, monkeypatch):
+def test_compiled_engine(artifact_with_tables, monkeypatch):
     """torch.compile traces through both hooks on the CPU: each layer's output is compensated by what that layer's routing left
     in the buffer that all share."""
     settings = {
         "policy": "sere_t",
         "primary_top_k": 2,
-        "similarity": artifact,
+        "similarity": artifact_with_tables,
         "compensation": {"rule": "surrogate", "rank": 2},
     }
     with engine(settings) as llm:
@@ -137,9 +103,9 @@ def test_compiled_engine(artifact, monkeypatch):
     assert sum(a == b for a, b in zip(eager, compiled, strict=True)) >= len(PROMPTS) - 2
 
 
-def test_an_output_that_is_not_compensated_is_an_error(artifact, monkeypatch):
+def test_an_output_that_is_not_compensated_is_an_error(artifact_with_tables, monkeypatch):
     """As if a graph without the hook were replayed."""
-    settings = {"policy": "sere_t", "primary_top_k": 1, "similarity": artifact}
+    settings = {"policy": "sere_t", "primary_top_k": 1, "similarity": artifact_with_tables}
     with engine(settings, fresh=True) as llm:
         experts = moe_layers(llm)[2].routed_experts
         monkeypatch.setattr(experts, "forward_modular", experts.forward_modular.sere_original)
@@ -147,8 +113,8 @@ def test_an_output_that_is_not_compensated_is_an_error(artifact, monkeypatch):
             llm.generate(PROMPTS, greedy(8), use_tqdm=False)
 
 
-def test_tables_of_a_lower_rank(artifact):
-    settings = {"policy": "sere_t", "similarity": artifact, "compensation": {"rule": "surrogate", "rank": 4}}
+def test_tables_of_a_lower_rank(artifact_with_tables):
+    settings = {"policy": "sere_t", "similarity": artifact_with_tables, "compensation": {"rule": "surrogate", "rank": 4}}
     with pytest.raises(ConfigError, match=r"must be at most 3"), engine(settings):
         pass
 

@@ -12,7 +12,8 @@ import torch
 from sere.ops.engine import assert_rerouting
 from sere.ops.engine.counters import read_counters
 from sere.ops.engine.state import ENGINE_STATES
-from sere.ops.kernels.neighbours import neighbours_of
+from sere.ops.kernels.cpu import CompiledStep
+from sere.ops.kernels.cuda import launched_step
 from sere.ops.reference import DECODE, PADDING, PREFILL
 from tests.ops.engine.engines import PROMPTS, core, engine, greedy, moe_layers, tokens
 from tests.ops.engine.recording import Recording, check_against_reference
@@ -126,23 +127,24 @@ def test_ids_at_the_experts_are_the_references(unpatched, demo_artifact, tmp_pat
 
 
 @needs_compiler
-@pytest.mark.parametrize("policy", ["none", "sere", "random"])
-def test_the_cuda_kernel_in_an_engine(demo_artifact, policy, tmp_path):
-    """The same engine twice: with torch's operations, and with the kernel (on the CPU) launched as on a GPU."""
+@pytest.mark.parametrize("policy", ["none", "sere", "random", "oea", "sere_t"])
+def test_the_same_on_every_path(artifact_with_tables, policy, tmp_path):
+    """The same engine three times: with compiled code, with torch's operations, and with the kernel (on the CPU) launched as on
+    a GPU."""
     results = []
-    for kernel in (False, True):
-        folder = tmp_path / str(kernel)
-        settings = {**SERE, "policy": policy, "similarity": str(demo_artifact), "stats_dir": str(folder)}
+    for path in ("compiled", "torch", "kernel"):
+        settings = {"policy": policy, "similarity": artifact_with_tables, "stats_dir": str(tmp_path / path)}
         with cuda_on_cpu(*SANITIZERS) as shims, engine(settings) as llm:
             for runner in moe_layers(llm).values():
                 made = runner.sere_layer.policy
-                made.uses_kernel = kernel
-                if kernel and policy != "none":
-                    made.neighbours = neighbours_of(made.similarity, made.threshold)
+                assert isinstance(made.fast, CompiledStep)
+                if path != "compiled":
+                    arguments = made.rules, made.layer, made.similarity, made._tables
+                    made.fast = launched_step(*arguments) if path == "kernel" else None
             outputs = tokens(llm.generate(PROMPTS, greedy(), use_tqdm=False))
-            assert (sum(shim.num_launches for shim in shims) > 100) == kernel
-        results.append((outputs, read_counters(folder)))
-    assert results[0] == results[1]
+            assert (shims.num_launches > 100) == (path == "kernel")
+        results.append((outputs, read_counters(tmp_path / path)))
+    assert results[0] == results[1] == results[2]
     assert results[0][1][0].counts["steps"] > 20
 
 
