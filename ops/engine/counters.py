@@ -84,18 +84,24 @@ def read_counters(folder: str | os.PathLike[str]) -> list[LayerCounts]:
 
 
 def summarize(layers: Iterable[LayerCounts]) -> dict[str, float]:
-    """Averages over steps and layers: active experts before and after, shares of slots re-routed and kept critical."""
+    """Averages over steps and layers: active experts before and after, shares of slots re-routed and kept critical.
+
+    Active experts, and the share of them that is saved, are stated over all steps with decode rows and, as `rerouting_...`, over
+    re-routing steps without prefill rows: where a policy acts, and alone. Those keys are missing where there was no such step.
+    """
     layers = [layer for layer in layers if layer.counts["steps"]]
     if not layers:
         return {}
-    total = {name: sum(layer.counts[name] for layer in layers) for name in COUNTERS}
+    # Counts of an earlier version lack what that did not count.
+    total = {name: sum(layer.counts.get(name, 0) for layer in layers) for name in COUNTERS}
     decode_only = max(1, total["steps"] - total["mixed_steps"])
-    return {
+    summary = {
         "decode_steps": total["steps"] / len(layers),
         "rerouting_steps": total["rerouting_steps"] / len(layers),
         "decode_rows_per_step": total["decode_rows"] / total["steps"],
         "active_experts_before": total["active_experts_before"] / total["steps"],
         "active_experts_after": total["active_experts_after"] / total["steps"],
+        "saved_share": _saved(total, ""),
         "mixed_step_share": total["mixed_steps"] / total["steps"],
         "decode_only_active_experts_before": (total["active_experts_before"] - total["mixed_active_experts_before"])
         / decode_only,
@@ -103,3 +109,15 @@ def summarize(layers: Iterable[LayerCounts]) -> dict[str, float]:
         "rerouted_share": total["rerouted_slots"] / max(1, total["decode_slots"]),
         "critical_share": total["critical_slots"] / max(1, total["decode_slots"]),
     }
+    if total["pure_steps"]:
+        summary |= {
+            "rerouting_active_experts_before": total["pure_active_experts_before"] / total["pure_steps"],
+            "rerouting_active_experts_after": total["pure_active_experts_after"] / total["pure_steps"],
+            "rerouting_saved_share": _saved(total, "pure_"),
+        }
+    return summary
+
+
+def _saved(total: dict[str, int], steps: str) -> float:
+    before, after = (total[f"{steps}active_experts_{when}"] for when in ("before", "after"))
+    return 1 - after / before if before else 0.0

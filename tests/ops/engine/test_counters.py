@@ -39,22 +39,34 @@ def test_summary_averages_over_steps_and_layers(tmp_path):
     counters = CounterFile(layers=[0, 1], device=torch.device("cpu"), folder=str(tmp_path), manifest={})
     rows = dict(steps=10, rerouting_steps=8, decode_rows=40, decode_slots=80, rerouted_slots=20, critical_slots=8)
     rows |= dict(mixed_steps=2, mixed_active_experts_before=60, mixed_active_experts_after=30)
+    rows |= dict(pure_steps=5, pure_active_experts_before=80, pure_active_experts_after=20)
     for layer, (before, after) in enumerate([(100, 50), (200, 60)]):
         values = {**rows, "active_experts_before": before, "active_experts_after": after}
         counters.counts[layer] = torch.tensor([values[name] for name in COUNTERS])
-    summary = summarize(read_counters(tmp_path))
-    assert summary == pytest.approx(
-        dict(
-            decode_steps=10,
-            rerouting_steps=8,
-            decode_rows_per_step=4,
-            active_experts_before=15,
-            active_experts_after=5.5,
-            mixed_step_share=0.2,
-            decode_only_active_experts_before=(300 - 120) / 16,
-            decode_only_active_experts_after=(110 - 60) / 16,
-            rerouted_share=0.25,
-            critical_share=0.1,
-        )
+    found = read_counters(tmp_path)
+    expected = dict(
+        decode_steps=10,
+        rerouting_steps=8,
+        decode_rows_per_step=4,
+        active_experts_before=15,
+        active_experts_after=5.5,
+        saved_share=190 / 300,
+        mixed_step_share=0.2,
+        decode_only_active_experts_before=(300 - 120) / 16,
+        decode_only_active_experts_after=(110 - 60) / 16,
+        rerouted_share=0.25,
+        critical_share=0.1,
+        rerouting_active_experts_before=16,
+        rerouting_active_experts_after=4,
+        rerouting_saved_share=0.75,
     )
+    assert summarize(found) == pytest.approx(expected)
     assert summarize([]) == {}
+
+    for layer in found:
+        # As an earlier version counted.
+        for name in ("pure_steps", "pure_active_experts_before", "pure_active_experts_after"):
+            del layer.counts[name]
+    for name in ("rerouting_active_experts_before", "rerouting_active_experts_after", "rerouting_saved_share"):
+        del expected[name]
+    assert summarize(found) == pytest.approx(expected)
