@@ -86,8 +86,8 @@ def read_counters(folder: str | os.PathLike[str]) -> list[LayerCounts]:
 def summarize(layers: Iterable[LayerCounts]) -> dict[str, float]:
     """Averages over steps and layers: active experts before and after, shares of slots re-routed and kept critical.
 
-    Active experts, and the share of them that is saved, are stated over all steps with decode rows and, as `rerouting_...`, over
-    re-routing steps without prefill rows: where a policy acts, and alone. Those keys are missing where there was no such step.
+    Active experts, and the share of them that is saved, are stated over all steps and, as `rerouting_...`, over the
+    re-routing ones without prefill rows: where a policy acts, and alone. Those keys are missing where there was no such step.
     """
     layers = [layer for layer in layers if layer.counts["steps"]]
     if not layers:
