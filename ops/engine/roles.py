@@ -41,6 +41,8 @@ class TokenRoles:
         self.may_reroute = device.type != "cpu"
         self._last_rows = self.roles
         self.step = torch.zeros(3, dtype=torch.int64, device=device)
+        # The buffers' memory as NumPy sees it.
+        self._host = (self.roles.numpy(), self.step.numpy()) if device.type == "cpu" else None
         self._rows = torch.arange(capacity, dtype=torch.int64, device=device)
         self._decode_length = capacity if phase == "all" else decode_length
         self._min_tokens, self._max_tokens = min_tokens, max_tokens
@@ -55,7 +57,7 @@ class TokenRoles:
         """A step without known roles (profiling, warm-up): every row is padding."""
         self.roles.zero_()
         self.step.zero_()
-        self.may_reroute = self.roles.is_cuda
+        self.may_reroute = self._host is None
 
     def fill(self, query_start_loc: Tensor) -> None:
         """Set the roles of a step.
@@ -71,12 +73,33 @@ class TokenRoles:
             limits = dict(min_tokens=self._min_tokens, max_tokens=self._max_tokens)
             cuda.fill_roles(starts, self.roles, self.step, decode_length=self._decode_length, **limits)
             return
+        if self._host is not None:
+            self._fill_on_host(query_start_loc.tolist())
+            return
         starts = query_start_loc.to(dtype=torch.int64)
         lengths = starts.diff()
         sequence = torch.bucketize(self._rows, starts[1:], right=True).clamp_(max=lengths.numel() - 1)
         real = self._rows < starts[-1]
         decode = (lengths[sequence] <= self._decode_length).logical_and_(real)
         self._store(real, decode)
+
+    def _fill_on_host(self, starts: list[int]) -> None:
+        """The same in plain Python: torch's operations on so few numbers would take as long as some layers do."""
+        runs: list[tuple[int, int, bool]] = []
+        num_decode_rows, num_rows = 0, starts[-1]
+        for start, end in zip(starts, starts[1:], strict=False):
+            is_decode = end - start <= self._decode_length
+            num_decode_rows += (end - start) * is_decode
+            if runs and runs[-1][2] == is_decode:
+                runs[-1] = (runs[-1][0], end, is_decode)
+            else:
+                runs.append((start, end, is_decode))
+        self.may_reroute = num_decode_rows >= self._min_tokens and num_rows <= self._max_tokens
+        roles, step = self._host
+        for start, end, is_decode in runs:
+            roles[start:end] = DECODE if is_decode and self.may_reroute else PREFILL
+        roles[num_rows:] = PADDING
+        step[:] = num_decode_rows, num_rows, self.may_reroute
 
     def fill_counts(self, num_decode_rows: int, num_prefill_rows: int) -> None:
         """Set the roles of a step whose decode rows come first."""
@@ -89,8 +112,7 @@ class TokenRoles:
         reroutes = (num_decode_rows >= self._min_tokens) & (num_rows <= self._max_tokens)
         self.step.copy_(torch.stack([num_decode_rows, num_rows, reroutes]))
         self.roles.copy_(torch.where(decode & reroutes, DECODE, torch.where(real, PREFILL, PADDING)))
-        if self.roles.device.type == "cpu":
-            self.may_reroute = bool(reroutes)
+        self.may_reroute = self._host is None or bool(reroutes)
 
 
 def _fields(metadata_class: type[Any]) -> set[str]:
