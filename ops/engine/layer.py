@@ -23,18 +23,27 @@ class LayerState:
             policy: Replaced at the end of the engine's start where it needs to know the router's scores.
             roles: The worker's.
         """
-        self.policy = policy
         self.roles = roles
         self.counters: Tensor | None = None
+        self.policy = policy
         self._compensator: Compensator | None = None
         self._difference: Tensor | None = None
         self._share = 1.0
         self._is_owed = False
 
     @property
+    def policy(self) -> Policy:
+        """The layer's policy."""
+        return self._policy
+
+    @policy.setter
+    def policy(self, policy: Policy) -> None:
+        self._policy, self._changes_routing = policy, policy.changes_routing
+
+    @property
     def has_work(self) -> bool:
         """Whether steps need anything done at all."""
-        return self.policy.changes_routing or self.counters is not None
+        return self._changes_routing or self.counters is not None
 
     def compensate_with(self, compensator: Compensator, difference: Tensor, share: float) -> None:
         """From now on add what experts have lost.
@@ -53,7 +62,7 @@ class LayerState:
         Raises:
             RuntimeError: if the step has more rows than roles, or the last one was not compensated.
         """
-        if not self.has_work:
+        if self.counters is None and not self._changes_routing:
             return topk_weights, topk_ids
         roles, num_rows = self.roles, topk_ids.shape[0]
         if num_rows > roles.capacity:
@@ -69,7 +78,7 @@ class LayerState:
                     "for another policy: remove vLLM's compile cache (VLLM_CACHE_ROOT), or use compensation none"
                 )
             difference, self._is_owed = self._difference, True
-        return self.policy.route_and_count(
+        return self._policy.route_and_count(
             topk_weights,
             topk_ids,
             router_logits,

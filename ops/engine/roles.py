@@ -3,6 +3,7 @@
 The buffer stays at one address and is filled with tensor operations only, so CUDA graphs that read it replay correctly.
 """
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -43,6 +44,7 @@ class TokenRoles:
         self.step = torch.zeros(3, dtype=torch.int64, device=device)
         # The buffers' memory as NumPy sees it.
         self._host = (self.roles.numpy(), self.step.numpy()) if device.type == "cpu" else None
+        self._last_starts: list[int] | None = None
         self._rows = torch.arange(capacity, dtype=torch.int64, device=device)
         self._decode_length = capacity if phase == "all" else decode_length
         self._min_tokens, self._max_tokens = min_tokens, max_tokens
@@ -57,7 +59,7 @@ class TokenRoles:
         """A step without known roles (profiling, warm-up): every row is padding."""
         self.roles.zero_()
         self.step.zero_()
-        self.may_reroute = self._host is None
+        self.may_reroute, self._last_starts = self._host is None, None
 
     def fill(self, query_start_loc: Tensor) -> None:
         """Set the roles of a step.
@@ -74,7 +76,11 @@ class TokenRoles:
             cuda.fill_roles(starts, self.roles, self.step, decode_length=self._decode_length, **limits)
             return
         if self._host is not None:
-            self._fill_on_host(query_start_loc.tolist())
+            starts_now = query_start_loc.tolist()
+            # A batch that decodes has the same rows step after step.
+            if starts_now != self._last_starts:
+                self._fill_on_host(starts_now, *self._host)
+                self._last_starts = starts_now
             return
         starts = query_start_loc.to(dtype=torch.int64)
         lengths = starts.diff()
@@ -83,11 +89,11 @@ class TokenRoles:
         decode = (lengths[sequence] <= self._decode_length).logical_and_(real)
         self._store(real, decode)
 
-    def _fill_on_host(self, starts: list[int]) -> None:
+    def _fill_on_host(self, starts: list[int], roles: Any, step: Any) -> None:
         """The same in plain Python: torch's operations on so few numbers would take as long as some layers do."""
         runs: list[tuple[int, int, bool]] = []
         num_decode_rows, num_rows = 0, starts[-1]
-        for start, end in zip(starts, starts[1:], strict=False):
+        for start, end in pairwise(starts):
             is_decode = end - start <= self._decode_length
             num_decode_rows += (end - start) * is_decode
             if runs and runs[-1][2] == is_decode:
@@ -95,7 +101,6 @@ class TokenRoles:
             else:
                 runs.append((start, end, is_decode))
         self.may_reroute = num_decode_rows >= self._min_tokens and num_rows <= self._max_tokens
-        roles, step = self._host
         for start, end, is_decode in runs:
             roles[start:end] = DECODE if is_decode and self.may_reroute else PREFILL
         roles[num_rows:] = PADDING
@@ -112,7 +117,7 @@ class TokenRoles:
         reroutes = (num_decode_rows >= self._min_tokens) & (num_rows <= self._max_tokens)
         self.step.copy_(torch.stack([num_decode_rows, num_rows, reroutes]))
         self.roles.copy_(torch.where(decode & reroutes, DECODE, torch.where(real, PREFILL, PADDING)))
-        self.may_reroute = self._host is None or bool(reroutes)
+        self.may_reroute, self._last_starts = self._host is None or bool(reroutes), None
 
 
 def _fields(metadata_class: type[Any]) -> set[str]:

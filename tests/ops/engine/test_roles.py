@@ -26,6 +26,7 @@ def starts(lengths, padding_sequences=0):
 
 @settings(max_examples=examples(200), deadline=None)
 @given(
+    before=st.lists(st.none() | st.lists(st.integers(1, 2), min_size=1, max_size=3), max_size=4),
     lengths=st.lists(st.integers(1, 6), min_size=1, max_size=10),
     padding_sequences=st.integers(0, 4),
     decode_length=st.integers(1, 3),
@@ -33,9 +34,11 @@ def starts(lengths, padding_sequences=0):
     min_tokens=st.integers(1, 8),
     max_tokens=st.integers(1, 40),
 )
-def test_equals_plain_loop(lengths, padding_sequences, decode_length, phase, min_tokens, max_tokens):
+def test_equals_plain_loop(before, lengths, padding_sequences, decode_length, phase, min_tokens, max_tokens):
     roles = make(decode_length=decode_length, phase=phase, min_tokens=min_tokens, max_tokens=max_tokens)
     roles.roles.fill_(7)
+    for steps_before in before:
+        roles.clear() if steps_before is None else roles.fill(starts(steps_before))
     roles.fill(starts(lengths, padding_sequences))
     expected = []
     for length in lengths:
@@ -46,7 +49,7 @@ def test_equals_plain_loop(lengths, padding_sequences, decode_length, phase, min
     expected += [PADDING] * (64 - len(expected))
     assert roles.roles.tolist() == expected
     assert roles.step[:2].tolist() == [num_decode, sum(lengths)]
-    assert bool(roles.step[2]) == (DECODE in expected)
+    assert bool(roles.step[2]) == roles.may_reroute == (DECODE in expected)
 
 
 def test_buffers_stay_in_place():
