@@ -19,7 +19,7 @@ from sere.ops.engine.state import ENGINE_STATES
 from sere.ops.kernels.compile import compiled
 from sere.ops.similarity import SimilarityArtifact
 from tests.conftest import DEMO_MODEL
-from tests.ops.engine.engines import end_engine, engine
+from tests.ops.engine.engines import end_engine, engine, moe_layers
 
 pytestmark = pytest.mark.engine
 
@@ -73,6 +73,23 @@ def test_artifacts(running, demo_artifact, tmp_path):
 def test_other_weights_are_allowed_on_request(running, demo_artifact, tmp_path):
     other = changed_artifact(tmp_path / "other", demo_artifact, manifest={"model": {"name": "another", "digest": "0" * 64}})
     with engine({"similarity": str(other), "check_model": False}):
+        pass
+
+
+def test_a_router_whose_scores_are_not_known(running, demo_artifact, monkeypatch):
+    """Policies that need scores are refused by name; those that work from ids go on."""
+    with engine({"policy": "oea"}) as llm:
+        assert moe_layers(llm)[2].sere_layer.policy.layer.scoring.function == "softmax"
+        router = moe_layers(llm)[2].router
+
+    def per_expert_scale(hidden_states, gating_output, topk, renormalize):
+        weights, ids = gating_output.softmax(-1).topk(topk)
+        return weights * (1 + ids % 2), ids
+
+    monkeypatch.setattr(router, "custom_routing_function", per_expert_scale)
+    for settings in ({"policy": "oea"}, {"policy": "xshare", "votes": {"budget": 9}}):
+        start(settings, r"layers\.2\..*routes with CPURouter with .*per_expert_scale.*use policy sere")
+    with engine({"policy": "sere", "similarity": str(demo_artifact)}):
         pass
 
 

@@ -1,5 +1,10 @@
 """Compensation in real engines: what is added is the reference's, eager and compiled, and where it cannot be added is said."""
 
+import json
+import os
+import subprocess
+import sys
+import textwrap
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +15,7 @@ from sere.conf.schema import RerouteConfig
 from sere.ops.engine.output_hook import refuse_output, share_of
 from sere.ops.reference import DECODE, compensate_reference
 from sere.ops.similarity import SimilarityArtifact
+from tests.conftest import DEMO_MODEL
 from tests.ops.engine.engines import PROMPTS, engine, greedy, moe_layers, tokens
 from tests.ops.engine.recording import Recording
 
@@ -117,6 +123,47 @@ def test_tables_of_a_lower_rank(artifact_with_tables):
     settings = {"policy": "sere_t", "similarity": artifact_with_tables, "compensation": {"rule": "surrogate", "rank": 4}}
     with pytest.raises(ConfigError, match=r"must be at most 3"), engine(settings):
         pass
+
+
+RANKS = """
+    import json, sys
+
+    if __name__ == "__main__":
+        from vllm import LLM, SamplingParams
+
+        model, num_ranks, sere, prompts = json.loads(sys.argv[1])
+        llm = LLM(
+            model=model, dtype="float32", tensor_parallel_size=num_ranks, max_num_seqs=16, enforce_eager=True,
+            kv_cache_memory_bytes=1 << 27, disable_log_stats=True, additional_config={"sere": sere},
+        )
+        outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=16, ignore_eos=True), use_tqdm=False)
+        print("answers", json.dumps([list(output.outputs[0].token_ids) for output in outputs]))
+"""
+
+
+@pytest.mark.long
+def test_two_ranks_answer_as_one(artifact_with_tables, tmp_path):
+    """Each adds half of the compensation before their outputs are summed."""
+    (tmp_path / "script.py").write_text(textwrap.dedent(RANKS))
+    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    found = []
+    for num_ranks, compensation in (
+        (1, {"rule": "surrogate", "rank": 2}),
+        (2, {"rule": "surrogate", "rank": 2}),
+        (1, {"rule": "none"}),
+    ):
+        sere = {"policy": "sere_t", "primary_top_k": 1, "similarity": artifact_with_tables, "compensation": compensation}
+        arguments = json.dumps([str(DEMO_MODEL), num_ranks, sere, PROMPTS])
+        command = [sys.executable, "script.py", arguments]
+        result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+        assert result.returncode == 0, (result.stdout + result.stderr)[-5000:]
+        found.append(json.loads(result.stdout.split("answers ")[1].splitlines()[0]))
+    one, two, without = found
+    agree = sum(a == b for a, b in zip(one, two, strict=True))
+    # Sums over two ranks round differently, so a near tie may fall the other way.
+    print(f"{agree} of {len(PROMPTS)} answers are the same")
+    assert agree >= len(PROMPTS) - 3
+    assert sum(a == b for a, b in zip(one, without, strict=True)) < agree, "compensation shows"
 
 
 def layer(*, kernel=None, monolithic=False, on_input=False, config=None, **attributes):
