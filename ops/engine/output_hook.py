@@ -44,8 +44,7 @@ def hook_output(runner: Any) -> None:
 
     @functools.wraps(original)
     def forward_modular(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        # vLLM before 0.29 may write the output over the input.
-        hidden_states = x.clone() if _in_place(experts) else x
+        hidden_states = x.clone() if _in_place(runner) else x
         output = original(x, *args, **kwargs)
         if is_traced():
             return torch.ops.sere.compensate(output, hidden_states, layer_name)
@@ -56,9 +55,11 @@ def hook_output(runner: Any) -> None:
     experts.forward_modular = hooked
 
 
-def _in_place(experts: Any) -> bool:
-    kernel = getattr(experts.quant_method, "moe_kernel", None)
-    return bool(getattr(kernel, "inplace", False) or getattr(getattr(kernel, "impl", None), "inplace", False))
+def _in_place(runner: Any) -> bool:
+    """Whether the output may be written over the input, as in vLLM versions whose configuration or kernel says so."""
+    kernel = getattr(runner.routed_experts.quant_method, "moe_kernel", None)
+    parts = kernel, getattr(kernel, "impl", None)
+    return not getattr(runner.moe_config, "disable_inplace", True) or any(getattr(part, "inplace", False) for part in parts)
 
 
 def refuse_output(runner: Any, policy: str, hidden_size: int) -> None:

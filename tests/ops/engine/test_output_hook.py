@@ -12,7 +12,7 @@ import torch
 
 from sere.conf.errors import ConfigError
 from sere.conf.schema import RerouteConfig
-from sere.ops.engine.output_hook import refuse_output, share_of
+from sere.ops.engine.output_hook import hook_output, refuse_output, share_of
 from sere.ops.reference import DECODE, compensate_reference
 from sere.ops.similarity import SimilarityArtifact
 from tests.conftest import DEMO_MODEL
@@ -198,6 +198,20 @@ def test_layers_that_cannot_be_compensated(runner, reason, monkeypatch):
     refuse_output(layer(), "sere_t", 128)
     with pytest.raises(ConfigError, match=rf"'sere_t' cannot compensate in model.layers.3.mlp.experts: .*{reason}.*none"):
         refuse_output(runner, "sere_t", 128)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_kernel_that_writes_over_its_input(in_place):
+    """As in vLLM versions before 0.32: compensation is still given the input."""
+    runner = layer(config=dict(disable_inplace=not in_place))
+    runner.routed_experts.forward_modular = lambda x, **_: x.mul_(2) if in_place else x * 2
+    given = []
+    runner.sere_layer = SimpleNamespace(compensate=lambda output, hidden_states: given.append(hidden_states) or output + 1)
+    hook_output(runner)
+    hook_output(runner)
+    output = runner.routed_experts.forward_modular(x=torch.full((2, 3), 5.0), topk_ids=None)
+    assert torch.equal(output, torch.full((2, 3), 11.0))
+    assert [state.unique().tolist() for state in given] == [[5.0]]
 
 
 def test_names_exist_in_vllm():
