@@ -4,8 +4,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from sere.calibration_jobs.metrics.base import Matrices
-from sere.calibration_jobs.metrics.merge import MergedSums
+from sere.calibration_jobs.metrics.merge import MergedSums, Tables
 from sere.calibration_jobs.shards import Plan
 from sere.calibration_jobs.workers.model import MoeFacts
 from sere.conf.schema import CalibrateConfig
@@ -34,6 +36,11 @@ class JobFacts:
         return Path(self.config.output)
 
 
+def tables_of(job: JobFacts) -> tuple[str, ...]:
+    """The tables that a job makes: those that are asked for, unless it was begun when there were none."""
+    return tuple(job.folder.kept.get("tables", job.config.tables))
+
+
 @dataclass(frozen=True)
 class Similarities:
     """What the text, and the weights, say of the experts."""
@@ -43,6 +50,18 @@ class Similarities:
     """The sums they come from, by domain and half; None where only weights are compared."""
     growth: list[dict[str, Any]] = field(default_factory=list)
     """How the agreement of the data's two halves grew with tokens: `num_tokens`, and `metrics` as `agreement` returns them."""
+
+    tables: Tables = field(default_factory=dict)
+    """What else is known of the experts, by layer and name."""
+    explained: list[float] = field(default_factory=list)
+    """Share of the outputs' variance that surrogates of rank 0, 1, ... explain."""
+
+    def by_layer(self) -> dict[int, dict[str, Tensor]]:
+        """Similarities and tables of each layer, by name."""
+        found: dict[int, dict[str, Tensor]] = {}
+        for (layer, name), tensor in {**self.matrices, **self.tables}.items():
+            found.setdefault(layer, {})[name] = tensor
+        return found
 
     @property
     def num_tokens(self) -> int:

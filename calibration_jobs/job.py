@@ -5,13 +5,14 @@ Every finished task is on disk before the next step counts on it; the same comma
 
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sere.calibration_jobs.facts import JobFacts, Similarities
+from sere.calibration_jobs.facts import JobFacts, Similarities, tables_of
 from sere.calibration_jobs.identity import CALIBRATE, FINISHED, QUALITY, REMARKS, RESULTS, RUN, job_settings
 from sere.calibration_jobs.judge.agreement import agreement
 from sere.calibration_jobs.judge.assess import assess
@@ -19,7 +20,8 @@ from sere.calibration_jobs.metrics.base import ShardSums
 from sere.calibration_jobs.metrics.merge import InOrder, MergedSums
 from sere.calibration_jobs.publish.manifest import manifest_of
 from sere.calibration_jobs.publish.record import record
-from sere.calibration_jobs.shards import Plan, make_plan, tokenize
+from sere.calibration_jobs.shards import make_plan, tokenize
+from sere.calibration_jobs.tables.base import table_specs
 from sere.calibration_jobs.texts import RowRemark, read_rows
 from sere.calibration_jobs.workers.model import inspect_model, load_tokenizer
 from sere.calibration_jobs.workers.results import Results
@@ -34,6 +36,8 @@ from sere.ops.similarity import FILE_NAME, SimilarityArtifact
 from sere.pipeline.runtime.job_folder import JobFolder
 from sere.pipeline.runtime.storage import Storage
 from sere.pipeline.tracking.tracker import NullTracker, resume, track
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -83,11 +87,13 @@ def calibrate(config: CalibrateConfig, *, ray_address: str | None = None) -> Cal
         storage.put(REMARKS, "".join(json.dumps(dataclasses.asdict(remark)) + "\n" for remark in remarks).encode())
         runner = TaskRunner(config, Results(storage, folder.digest), block_tokens=model.block_tokens, ray_address=ray_address)
         with _run_of(config, storage, key) as tracker, runner as tasks:
+            if folder.kept:
+                _log.warning("%s was begun before there were tables: it will have none. To make them: overwrite=true", output)
             job = JobFacts(config=config, model=model, plan=plan, folder=folder, name=name, key=key, run_id=tracker.run_id)
             _log_start(tracker, job, remarks)
             found = _similarities(job, tasks, tracker)
             quality = assess(job, tasks, found)
-            artifact = SimilarityArtifact(found.matrices, manifest_of(job, found, quality))
+            artifact = SimilarityArtifact(found.matrices, manifest_of(job, found, quality), found.tables)
             storage.put_json(QUALITY, quality)
             artifact.save(output)
             tracker.log_metrics({"num_tokens": found.num_tokens, "num_replaced_workers": tasks.num_replaced})
@@ -137,8 +143,8 @@ def _similarities(job: JobFacts, tasks: TaskRunner, tracker: NullTracker) -> Sim
     """Everything that is calibrated: from the shards, and from the weights."""
     metrics = job.config.metrics
     found = Similarities({})
-    if set(metrics) != {"weights"}:
-        found = _calibrate_shards(job.plan, tasks, tracker)
+    if set(metrics) != {"weights"} or tables_of(job):
+        found = _calibrate_shards(job, tasks, tracker)
     if "weights" in metrics:
         ((_, result),) = tasks.run([Task("weights", "weights", ())], "Comparing weights")
         by_layer = LayerTensors.from_result(result).by_layer
@@ -146,13 +152,25 @@ def _similarities(job: JobFacts, tasks: TaskRunner, tracker: NullTracker) -> Sim
     return found
 
 
-def _calibrate_shards(plan: Plan, tasks: TaskRunner, tracker: NullTracker) -> Similarities:
+def _directions(job: JobFacts, tasks: TaskRunner) -> Mapping[str, Any] | None:
+    """On which directions surrogates see inputs and outputs; None: as they are."""
+    if "surrogates" not in tables_of(job) or job.model.hidden_size <= job.config.surrogate_directions:
+        return None
+    first = Task("directions", "directions", (job.plan.shards[0].rows,))
+    ((_, (found, _)),) = tasks.run([first], "Finding directions")
+    return found
+
+
+def _calibrate_shards(job: JobFacts, tasks: TaskRunner, tracker: NullTracker) -> Similarities:
     """All shards' sums, merged in order."""
-    merged, in_order = MergedSums(), InOrder(plan.shards)
+    plan, tables, directions = job.plan, tables_of(job), _directions(job, tasks)
+    specs = table_specs(dict.fromkeys(job.model.layers, job.model.num_experts), job.config.surrogate_rank, directions)
+    merged, in_order = MergedSums(specs), InOrder(plan.shards)
     growth: list[dict[str, Any]] = []
     by_name = {shard.name: shard for shard in plan.shards}
     done_tokens = 0
-    for task, result in tasks.run([Task(s.name, "sums", (s.rows, plan.domains)) for s in plan.shards], "Calibrating"):
+    work = [Task(shard.name, "sums", (shard.rows, plan.domains, tables, directions)) for shard in plan.shards]
+    for task, result in tasks.run(work, "Calibrating"):
         arrived, of_shard = by_name[task.name], ShardSums.from_result(result)
         done_tokens += of_shard.num_tokens[None]
         tracker.log_progress(
@@ -169,7 +187,7 @@ def _calibrate_shards(plan: Plan, tasks: TaskRunner, tracker: NullTracker) -> Si
             # At powers of two, and at the end.
             if merged.num_shards & (merged.num_shards - 1) == 0 or merged.num_shards == len(plan.shards):
                 growth += _agreement_of_halves(merged, tracker)
-    return Similarities(merged.matrices(), merged, growth)
+    return Similarities(merged.matrices(), merged, growth, merged.tables(), merged.explained())
 
 
 def _agreement_of_halves(merged: MergedSums, tracker: NullTracker) -> list[dict[str, Any]]:

@@ -1,51 +1,30 @@
-"""`SimilarityArtifact`: the expert-similarity matrices of one model, on disk as one safetensors file with a manifest."""
+"""`SimilarityArtifact`: similarities of one model's experts and tables of them, on disk as one safetensors file with a manifest.
+
+Format 2 added the tables; `similarity_checks.TABLES` says what they are. Format 1, which has none, is read, too.
+"""
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sere.conf.errors import ConfigError
 from sere.conf.whole_file import written_whole
+from sere.ops.similarity_checks import TABLES, SimilarityError, check_matrix, check_tables
+
+__all__ = ["FILE_NAME", "FORMAT_VERSION", "SimilarityArtifact", "SimilarityError"]
 
 FILE_NAME = "similarity.safetensors"
-FORMAT_VERSION = 1
-_TOLERANCE = 1e-4
-
-
-class SimilarityError(ConfigError):
-    """An artifact that cannot be used. The message says what is wrong with it and what to do."""
+FORMAT_VERSION = 2
+_READS = (1, 2)
 
 
 def _key(layer: int, metric: str) -> str:
     return f"layers.{layer}.{metric}"
-
-
-def _check_matrix(name: str, matrix: Tensor, num_experts: int) -> None:
-    """Refuse a matrix that is not a similarity of `num_experts` experts."""
-    advice = "compute it again with `sere calibrate`"
-    if matrix.dtype != torch.float32 or tuple(matrix.shape) != (num_experts, num_experts):
-        raise SimilarityError(
-            f"{name} must be float32 [{num_experts}, {num_experts}], is {matrix.dtype} {list(matrix.shape)}: {advice}"
-        )
-    if not torch.isfinite(matrix).all():
-        raise SimilarityError(f"{name} has NaN or infinite values: {advice}")
-    low, high = matrix.min().item(), matrix.max().item()
-    if low < 0 or high > 1 + _TOLERANCE:
-        raise SimilarityError(f"{name} has values outside [0, 1] ({low:.4g} to {high:.4g}): {advice}")
-    skew = (matrix - matrix.T).abs().max().item()
-    if skew > _TOLERANCE:
-        raise SimilarityError(f"{name} is not symmetric (largest difference {skew:.4g}): {advice}")
-    if (matrix.diagonal() - 1).abs().max().item() > _TOLERANCE:
-        raise SimilarityError(f"{name} must have a diagonal of 1: {advice}")
-    if num_experts > 1 and not (matrix - torch.diag(matrix.diagonal())).any():
-        raise SimilarityError(f"{name} is the identity: no expert resembles another, so nothing was measured: {advice}")
 
 
 @dataclass(frozen=True)
@@ -55,11 +34,13 @@ class SimilarityArtifact:
     Attributes:
         matrices: float32 `[num_experts, num_experts]` by `(layer, metric)`; symmetric, diagonal 1, values in [0, 1].
         manifest: at least `num_experts` (int), `layers` (list of int), `metrics` (list of str) and `model` (dict with
-            `name` and `digest`).
+            `name` and `digest`); with tables also `tables` (list of their names) and, with surrogates, `surrogate_rank` (int).
+        tables: by `(layer, name)`, as `similarity_checks.TABLES` says.
     """
 
     matrices: dict[tuple[int, str], Tensor]
     manifest: dict[str, Any]
+    tables: dict[tuple[int, str], Tensor] = field(default_factory=dict)
 
     @property
     def layers(self) -> list[int]:
@@ -68,6 +49,11 @@ class SimilarityArtifact:
     @property
     def metrics(self) -> list[str]:
         return list(self.manifest["metrics"])
+
+    @property
+    def table_names(self) -> list[str]:
+        """Names of the tables that every layer has, similarities aside; empty in format 1."""
+        return list(self.manifest.get("tables") or [])
 
     @property
     def num_experts(self) -> int:
@@ -87,8 +73,18 @@ class SimilarityArtifact:
             )
         return self.matrices[layer, metric]
 
+    def layer_tables(self, layer: int) -> dict[str, Tensor]:
+        """All that is known of a layer, by name: similarities and tables.
+
+        Raises:
+            SimilarityError: if the artifact lacks the layer.
+        """
+        found = {metric: self.matrix(layer, metric) for metric in self.metrics}
+        return found | {name: self.tables[layer, name] for name in self.table_names}
+
     def validate(self) -> "SimilarityArtifact":
-        """Return self if every layer and metric of the manifest has a proper matrix, and nothing else is there.
+        """Return self if every layer has a proper matrix of each metric and each table of the manifest, and nothing else is
+        there.
 
         Raises:
             SimilarityError: otherwise.
@@ -101,7 +97,8 @@ class SimilarityArtifact:
             state = "is missing" if (layer, metric) in expected else "is not in the manifest"
             raise SimilarityError(f"the {metric} matrix of layer {layer} {state}: the artifact is damaged")
         for (layer, metric), matrix in self.matrices.items():
-            _check_matrix(f"the {metric} matrix of layer {layer}", matrix, self.num_experts)
+            check_matrix(f"the {metric} matrix of layer {layer}", matrix, self.num_experts)
+        check_tables(self.tables, self.manifest)
         return self
 
     def check_model(self, *, num_experts: int, digest: str | None) -> None:
@@ -128,11 +125,11 @@ class SimilarityArtifact:
             )
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Validate and write one file; an existing one is replaced only by a whole one."""
+        """Validate and write one file, in format 2; an existing one is replaced only by a whole one."""
         self.validate()
         target = Path(path)
-        tensors = {_key(*key): matrix.contiguous() for key, matrix in self.matrices.items()}
-        manifest = {"format_version": FORMAT_VERSION, **self.manifest}
+        tensors = {_key(*key): tensor.contiguous() for key, tensor in {**self.matrices, **self.tables}.items()}
+        manifest = {**self.manifest, "format_version": FORMAT_VERSION}
         with written_whole(target) as aside:
             save_file(tensors, aside, metadata={"manifest": json.dumps(manifest, sort_keys=True)})
             # safetensors makes files that only their owner can read; an artifact is shared.
@@ -157,18 +154,18 @@ class SimilarityArtifact:
         try:
             with safe_open(file, framework="pt") as opened:
                 manifest = json.loads((opened.metadata() or {})["manifest"])
-                matrices = {}
-                for name in opened.keys():  # noqa: SIM118 (not a dict)
-                    _, layer, metric = name.split(".")
-                    matrices[int(layer), metric] = opened.get_tensor(name)
+                matrices, tables = {}, {}
+                for key in opened.keys():  # noqa: SIM118 (not a dict)
+                    _, layer, name = key.split(".")
+                    (tables if name in TABLES else matrices)[int(layer), name] = opened.get_tensor(key)
         except (SafetensorError, KeyError, ValueError) as error:
             raise SimilarityError(f"{file} is not a similarity artifact ({error}): make one with `sere calibrate`") from error
-        if manifest.get("format_version") != FORMAT_VERSION:
+        if manifest.get("format_version") not in _READS:
             raise SimilarityError(
-                f"{file} has format version {manifest.get('format_version')}, this program reads {FORMAT_VERSION}: "
+                f"{file} has format version {manifest.get('format_version')}, this program reads {_READS[0]} to {_READS[-1]}: "
                 "compute it again with `sere calibrate`"
             )
         try:
-            return cls(matrices, manifest).validate()
+            return cls(matrices, manifest, tables).validate()
         except SimilarityError as error:
             raise SimilarityError(f"{file}: {error}") from None

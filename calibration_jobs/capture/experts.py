@@ -166,7 +166,30 @@ def _replacement(layer: int, module: Experts, own: Callable, handle: Handler, ro
 Observer = Callable[[int, Tensor, Tensor], None]
 
 
-def observe_experts(model: nn.Module, batches: list[dict[str, Tensor]], observe: Observer, *, block_tokens: int) -> None:
+@dataclass(frozen=True, kw_only=True)
+class TokenBlock:
+    """Some tokens of one layer, with all that the layer knows of them."""
+
+    hidden_states: Tensor
+    """What the experts got, `[num_tokens, hidden_size]`."""
+    outputs: Tensor
+    """What every expert makes of it, `[num_experts, num_tokens, hidden_size]`."""
+    topk_ids: Tensor
+    """int64 `[num_tokens, top_k]`."""
+    topk_weights: Tensor
+    """Float, same shape."""
+    selection: Tensor | None
+    """What the router ranks by, float32 `[num_tokens, num_experts]`; None where it cannot be followed."""
+
+
+def observe_experts(
+    model: nn.Module,
+    batches: list[dict[str, Tensor]],
+    observe: Observer,
+    *,
+    block_tokens: int,
+    observe_block: Callable[[int, TokenBlock], None] | None = None,
+) -> None:
     """Run batches through a model and hand every layer's all-experts outputs to an observer, block by block.
 
     The model's own results are not changed: the further calls of the experts happen beside them, on the same inputs. A block
@@ -179,16 +202,33 @@ def observe_experts(model: nn.Module, batches: list[dict[str, Tensor]], observe:
         observe: Called with a layer index, outputs `[num_experts, num_tokens, hidden_size]`, and which of all batches' tokens
             (counted without padding) they are, int64 `[num_tokens]`; several times a layer.
         block_tokens: Most tokens handed over at once.
+        observe_block: Called with a layer index and the same tokens with all that is known of them. None: nobody asks.
     """
     valid, first = torch.empty(0), 0
 
     def handle(call: ExpertsCall) -> Tensor:
-        tokens = call.hidden_states[valid.to(call.hidden_states.device)]
+        rows = valid.to(call.hidden_states.device)
+        tokens = call.hidden_states[rows]
+        ids, weights = call.topk_ids[rows], call.topk_weights[rows]
+        scoring = call.scoring if observe_block is not None else None
+        selection = scoring.scores(call.router_logits()[rows])[1] if scoring is not None else None
         order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(0))
         # Equal parts: a short last block would have no CKA estimate.
         for block in order.tensor_split(max(1, -(-len(tokens) // block_tokens))):
-            if len(block):
-                observe(call.layer, call.all_experts(tokens[block.to(tokens.device)]), block + first)
+            if not len(block):
+                continue
+            here = block.to(tokens.device)
+            outputs = call.all_experts(tokens[here])
+            observe(call.layer, outputs, block + first)
+            if observe_block is not None:
+                known = TokenBlock(
+                    hidden_states=tokens[here],
+                    outputs=outputs,
+                    topk_ids=ids[here],
+                    topk_weights=weights[here],
+                    selection=None if selection is None else selection[here],
+                )
+                observe_block(call.layer, known)
         return call.run()
 
     with torch.inference_mode(), intercept_experts(model, handle):

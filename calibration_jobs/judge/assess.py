@@ -31,7 +31,7 @@ def assess(job: JobFacts, tasks: TaskRunner, found: Similarities) -> dict[str, A
     top_ks = [s for s in settings.primary_top_k if job.model.top_k is None or s < job.model.top_k]
     if not job.plan.held_out or not top_ks:
         return quality
-    judge = _HeldOutJudge(job, tasks, found.matrices, top_ks, champion)
+    judge = _HeldOutJudge(job, tasks, found, top_ks, champion)
     quality |= {"held_out": judge.errors(), "reference": judge.reference}
     if by_domain and settings.metric != "weights":
         quality["transfer_error"] = judge.transfer_errors(by_domain)
@@ -52,9 +52,10 @@ class _HeldOutJudge:
     """Runs tasks on the held-out rows and reads their figures."""
 
     def __init__(
-        self, job: JobFacts, tasks: TaskRunner, matrices: Matrices, top_ks: list[int], champion: Champion | None
+        self, job: JobFacts, tasks: TaskRunner, found: Similarities, top_ks: list[int], champion: Champion | None
     ) -> None:
-        self._job, self._tasks, self._matrices, self._top_ks, self._champion = job, tasks, matrices, top_ks, champion
+        self._job, self._tasks, self._matrices, self._top_ks, self._champion = job, tasks, found.matrices, top_ks, champion
+        self._tables = found.by_layer()
         self._settings = job.config.judge
         # Another champion's results are others.
         versus = {"key": job.key, "champion": champion.version} if champion is not None else None
@@ -110,7 +111,7 @@ class _HeldOutJudge:
         """Figures of the whole model under every policy, at every decode batch."""
         import ray
 
-        policies = policies_of(self._settings, self._matrices, self._top_ks)
+        policies = policies_of(self._settings, self._tables, self._top_ks)
         sizes = self._settings.emulate_batch_sizes
         tasks = emulation_tasks(f"{self._key}-emulation", self._job.plan.held_out, ray.put(policies), sizes)
         return emulation_rows(self._run(tasks, "Judging (emulation)"), policies)

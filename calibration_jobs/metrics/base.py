@@ -6,7 +6,7 @@ Let Y[e] be the outputs of expert e for the same n tokens, `[n, hidden_size]`. E
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -51,12 +51,39 @@ class SumKey:
         return cls(int(layer), metric, _domain_of(domain))
 
 
+@dataclass(frozen=True)
+class TableKey:
+    """What one sum of a table is of. The worker that makes the sum fills it in."""
+
+    layer: int
+    table: str
+    name: str
+    """Of the sum, within the table's class."""
+
+    def to_name(self) -> str:
+        """How a stored result calls the sum: `LAYER.TABLE.all.NAME`."""
+        return f"{self.layer}.{self.table}.{_ALL}.{self.name}"
+
+    @staticmethod
+    def is_name(name: str) -> bool:
+        """Whether a stored result calls a table's sum so."""
+        return name.count(".") == 3
+
+    @classmethod
+    def from_name(cls, name: str) -> "TableKey":
+        """The key that `to_name` wrote."""
+        layer, table, _, own = name.split(".")
+        return cls(int(layer), table, own)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ShardSums:
     """All sums over one shard. A worker fills it; the driver merges it."""
 
     sums: Mapping[SumKey, Tensor]
     """float64 `[num_experts, num_experts]` each."""
+    tables: Mapping["TableKey", Tensor] = field(default_factory=dict)
+    """Sums of the tables, of all tokens."""
     num_tokens: Mapping[int | None, int]
     """Tokens of each domain, and of all under None."""
     elapsed_s: float
@@ -70,14 +97,15 @@ class ShardSums:
             "elapsed_s": self.elapsed_s,
             "peak_memory_bytes": self.peak_memory_bytes,
         }
-        return {key.to_name(): tensor for key, tensor in self.sums.items()}, info
+        return {key.to_name(): tensor for key, tensor in {**self.sums, **self.tables}.items()}, info
 
     @classmethod
     def from_result(cls, result: tuple[Mapping[str, Tensor], Mapping[str, Any]]) -> "ShardSums":
         """What `to_result` wrote."""
         tensors, info = result
         return cls(
-            sums={SumKey.from_name(name): tensor for name, tensor in tensors.items()},
+            sums={SumKey.from_name(name): tensor for name, tensor in tensors.items() if not TableKey.is_name(name)},
+            tables={TableKey.from_name(name): tensor for name, tensor in tensors.items() if TableKey.is_name(name)},
             num_tokens={_domain_of(name): count for name, count in info["num_tokens"].items()},
             elapsed_s=info["elapsed_s"],
             peak_memory_bytes=info["peak_memory_bytes"],

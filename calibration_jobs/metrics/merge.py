@@ -1,17 +1,34 @@
 """Sums of shards, added up: all tokens and every domain, by halves of the data."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from statistics import fmean
+
+from torch import Tensor
 
 from sere.calibration_jobs.metrics import METRIC_CLASSES
 from sere.calibration_jobs.metrics.base import Matrices, ShardSums, SimilarityMetric, SumKey
 from sere.calibration_jobs.shards import Shard
+from sere.calibration_jobs.tables import TABLE_CLASSES
+from sere.calibration_jobs.tables.base import TableSpec, TableSums
+from sere.calibration_jobs.tables.norms import super_experts
+from sere.calibration_jobs.tables.surrogates import SurrogateSums
+
+Tables = dict[tuple[int, str], Tensor]
+"""Tables by layer and name (`sere.ops.similarity_checks.TABLES`)."""
 
 
 class MergedSums:
     """What the shards added so far say. Memory does not grow with their number."""
 
-    def __init__(self) -> None:
+    def __init__(self, specs: Mapping[int, TableSpec] | None = None) -> None:
+        """Nothing is added yet.
+
+        Args:
+            specs: What each layer's tables depend on; not needed without tables.
+        """
+        self._specs = specs or {}
         self._halves: tuple[dict[SumKey, SimilarityMetric], ...] = ({}, {})
+        self._tables: dict[tuple[int, str], TableSums] = {}
         self.num_shards = 0
 
     def add(self, shard: Shard, found: ShardSums) -> None:
@@ -23,7 +40,28 @@ class MergedSums:
             known = half.setdefault(key, part)
             if known is not part:
                 known.merge(part)
+        parts: dict[tuple[int, str], dict[str, Tensor]] = {}
+        for table_key, tensor in found.tables.items():
+            parts.setdefault((table_key.layer, table_key.table), {})[table_key.name] = tensor
+        for place, sums in parts.items():
+            if place not in self._tables:
+                self._tables[place] = TABLE_CLASSES[place[1]](self._specs[place[0]])
+            self._tables[place].merge(TABLE_CLASSES[place[1]](self._specs[place[0]], sums))
         self.num_shards += 1
+
+    def tables(self) -> Tables:
+        """All tables, from all tokens."""
+        found: Tables = {}
+        largest = {layer: part.sums["largest"] for (layer, name), part in self._tables.items() if name == "protected"}
+        for (layer, name), part in self._tables.items():
+            if name != "protected":
+                found |= {(layer, table): tensor for table, tensor in part.finalize().items()}
+        return found | {(layer, "protected"): tensor for layer, tensor in (super_experts(largest) if largest else {}).items()}
+
+    def explained(self) -> list[float]:
+        """Share of the outputs' variance that surrogates of rank 0, 1, ... explain, mean over layers; empty without them."""
+        shares = [part.explained() for part in self._tables.values() if isinstance(part, SurrogateSums)]
+        return [fmean(column) for column in zip(*shares, strict=True)]
 
     def _merged(self, domain: int | None, half: int | None) -> dict[tuple[int, str], SimilarityMetric]:
         merged: dict[tuple[int, str], SimilarityMetric] = {}

@@ -16,6 +16,9 @@ def manifest_of(job: JobFacts, found: Similarities, quality: dict[str, Any]) -> 
         "num_experts": model.num_experts,
         "layers": sorted({layer for layer, _ in found.matrices}),
         "metrics": list(config.metrics),
+        "tables": sorted({name for _, name in found.tables}),
+        "surrogate_rank": config.surrogate_rank if found.explained else None,
+        "surrogate_explained": found.explained,
         "model": {"name": config.model, "digest": model.digest, "dtype": config.dtype},
         "data": {
             "source": config.data,

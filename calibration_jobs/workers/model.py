@@ -31,6 +31,10 @@ class MoeFacts(ModelFacts):
 
     num_experts: int
     """Of every MoE layer."""
+    layers: tuple[int, ...]
+    """Those with experts."""
+    hidden_size: int
+    """Of the layers' inputs and outputs."""
     block_tokens: int
     """Tokens of a block, as `block_tokens_of` fits them into memory."""
 
@@ -49,8 +53,15 @@ def inspect_model(config: CalibrateConfig) -> MoeFacts:
     if context is not None and config.sequence_length > context:
         raise ConfigError(f"sequence_length must be at most the model's context, {context}, got {config.sequence_length}")
     (num_experts,) = counts
-    block_tokens = block_tokens_of(config, num_experts=num_experts, hidden_size=facts.config.get_text_config().hidden_size)
-    return MoeFacts(**vars(facts), num_experts=num_experts, block_tokens=block_tokens)
+    hidden_size = facts.config.get_text_config().hidden_size
+    block_tokens = block_tokens_of(config, num_experts=num_experts, hidden_size=hidden_size)
+    return MoeFacts(
+        **vars(facts),
+        num_experts=num_experts,
+        layers=tuple(sorted(experts)),
+        hidden_size=hidden_size,
+        block_tokens=block_tokens,
+    )
 
 
 def load_tokenizer(config: CalibrateConfig) -> Any:

@@ -3,22 +3,32 @@
 A plain class; the job makes it a Ray actor. Every result depends on the arguments and the config alone.
 """
 
+import dataclasses
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
 
 from sere.calibration_jobs.capture.batches import pad_rows
-from sere.calibration_jobs.capture.experts import ExpertsCall, find_expert_modules, intercept_experts, observe_experts
+from sere.calibration_jobs.capture.experts import (
+    ExpertsCall,
+    TokenBlock,
+    find_expert_modules,
+    intercept_experts,
+    observe_experts,
+)
 from sere.calibration_jobs.judge.candidates import Candidate, Emulated
 from sere.calibration_jobs.judge.emulation import emulate
 from sere.calibration_jobs.judge.held_out_error import routing_error
 from sere.calibration_jobs.metrics import METRIC_CLASSES
-from sere.calibration_jobs.metrics.base import ShardSums, SumKey
+from sere.calibration_jobs.metrics.base import ShardSums, SumKey, TableKey
 from sere.calibration_jobs.metrics.weights import weight_similarity
 from sere.calibration_jobs.shards import TokenRow
+from sere.calibration_jobs.tables import TABLE_CLASSES
+from sere.calibration_jobs.tables.base import table_specs
+from sere.calibration_jobs.tables.surrogates import leading_directions
 from sere.calibration_jobs.workers.model import load_model
 from sere.calibration_jobs.workers.offload import offload_folder
 from sere.calibration_jobs.workers.results import Result
@@ -43,9 +53,39 @@ class CalibrationWorker:
         self._offload = offload_folder(self._config.offload_folder)
         self._model = load_model(self._config, self._offload.name)
 
-    def sums(self, rows: Sequence[TokenRow], domains: Sequence[str]) -> Result:
+    def directions(self, rows: Sequence[TokenRow]) -> Result:
+        """The leading directions of every layer's inputs and outputs over some rows: `LAYER.hidden_states` and `LAYER.outputs`,
+        float32 `[num_directions, hidden_size]`."""
+        number, seen = self._config.surrogate_directions, dict[int, list[TokenBlock]]()
+        # Enough vectors for as many directions; each layer's first blocks are a random sample already.
+        wanted = 4 * number
+
+        def observe(layer: int, block: TokenBlock) -> None:
+            known = seen.setdefault(layer, [])
+            if sum(len(part.hidden_states) for part in known) < wanted:
+                # Of the outputs one expert's for each token, in turn: as many vectors as tokens.
+                tokens = torch.arange(len(block.hidden_states))
+                outputs = block.outputs[tokens % len(block.outputs), tokens].cpu()
+                known.append(dataclasses.replace(block, hidden_states=block.hidden_states.cpu(), outputs=outputs))
+
+        batches = self._batches(rows)
+        observe_experts(self._model, batches, lambda *_: None, block_tokens=self._block_tokens, observe_block=observe)
+        found = {}
+        for layer, blocks in seen.items():
+            for name in ("hidden_states", "outputs"):
+                vectors = torch.cat([getattr(block, name) for block in blocks]).float()
+                found[f"{layer}.{name}"] = leading_directions(vectors, number)
+        return found, {}
+
+    def sums(
+        self,
+        rows: Sequence[TokenRow],
+        domains: Sequence[str],
+        tables: Sequence[str] = (),
+        directions: Mapping[str, torch.Tensor] | None = None,
+    ) -> Result:
         """Sums of all metrics over one shard, as `ShardSums`: of all tokens, and, if there are several domains, of each one's
-        tokens."""
+        tokens; and of the tables, of all tokens."""
         started = time.monotonic()
         metrics = [metric for metric in self._config.metrics if metric in METRIC_CLASSES]
         token_domains = torch.tensor([domains.index(row.domain) for row in rows for _ in row.tokens])
@@ -58,17 +98,28 @@ class CalibrationWorker:
             for part in parts
         }
 
+        modules = find_expert_modules(self._model)
+        counts_of = {layer: module.num_experts for layer, module in modules.items()}
+        specs = table_specs(counts_of, self._config.surrogate_rank, directions)
+        of_tables = {(layer, table): TABLE_CLASSES[table](specs[layer]) for layer in modules for table in tables}
+
+        def observe_block(layer: int, block: TokenBlock) -> None:
+            for table in tables:
+                of_tables[layer, table].update(block)
+
         def observe(layer: int, outputs: torch.Tensor, tokens: torch.Tensor) -> None:
             for part in parts:
                 own = outputs if part is None else outputs[:, (token_domains[tokens] == part).to(outputs.device)]
                 for metric in metrics:
                     sums[SumKey(layer, metric, part)].update(own)
 
-        size = self._config.batch_size
-        batches = [
-            pad_rows([row.tokens for row in rows[start : start + size]], self._device) for start in range(0, len(rows), size)
-        ]
-        observe_experts(self._model, batches, observe, block_tokens=self._block_tokens)
+        observe_experts(
+            self._model,
+            self._batches(rows),
+            observe,
+            block_tokens=self._block_tokens,
+            observe_block=observe_block if tables else None,
+        )
         for key, metric in sums.items():
             if not metric.sums.isfinite().all():
                 raise ConfigError(
@@ -77,10 +128,22 @@ class CalibrationWorker:
                 )
         return ShardSums(
             sums={key: metric.sums for key, metric in sums.items()},
+            # Half the bytes: what is summed in float64 is kept to seven digits.
+            tables={
+                TableKey(layer, table, name): value.float()
+                for (layer, table), part in of_tables.items()
+                for name, value in part.sums.items()
+            },
             num_tokens={None: sum(counts), **dict(enumerate(counts))},
             elapsed_s=time.monotonic() - started,
             peak_memory_bytes=self._peak_memory(),
         ).to_result()
+
+    def _batches(self, rows: Sequence[TokenRow]) -> list[dict[str, torch.Tensor]]:
+        size = self._config.batch_size
+        return [
+            pad_rows([row.tokens for row in rows[start : start + size]], self._device) for start in range(0, len(rows), size)
+        ]
 
     def _peak_memory(self) -> int:
         """Bytes this worker held at most so far: of its GPUs, or, on the CPU, of the process."""

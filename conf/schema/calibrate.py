@@ -7,6 +7,7 @@ from typing import Any, Literal
 from sere.conf.errors import ConfigError
 from sere.conf.schema.checks import at_least, one_of
 from sere.conf.schema.data import DataFormat
+from sere.conf.schema.named import NAMED
 from sere.conf.schema.rules import METRICS, Metric
 from sere.conf.schema.tracking import TrackingConfig
 
@@ -28,6 +29,9 @@ class JudgeConfig:
     """Thresholds beside 0: these quantiles of each metric's off-diagonal similarities."""
     emulate_batch_sizes: tuple[int, ...] = (16,)
     """Decode batches of the teacher-forced emulation (perplexity, KL, agreement). []: no emulation."""
+    policies: tuple[str, ...] = ("sere", "sere_t", "oea", "top_k", "random")
+    """Policies that are emulated, beside the unmodified model, at each of primary_top_k: of sere, sere_t, oea, top_k, random;
+    sere with every metric. Those whose tables are not made are left out."""
     metric: Metric = "cosine"
     """The metric whose figures stand for the artifact, in its tags and in promote_if."""
     reference_batch_size: int = 16
@@ -41,6 +45,10 @@ class JudgeConfig:
 
     def __post_init__(self) -> None:
         one_of(self, "metric")
+        unknown = [name for name in self.policies if name not in NAMED or NAMED[name].votes["rule"] != "top"]
+        if unknown:
+            valid = ", ".join(name for name, named in NAMED.items() if named.votes["rule"] == "top")
+            raise ConfigError(f"judge.policies must be some of {valid}, got {unknown[0]!r}")
         at_least(self, 0, "held_out_rows")
         at_least(self, 1, "num_random")
         for name in ("batch_sizes", "primary_top_k", "emulate_batch_sizes"):
