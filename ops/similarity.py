@@ -1,4 +1,4 @@
-"""`SimilarityArtifact`: similarities of one model's experts and tables of them, on disk as one safetensors file with a manifest.
+"""`SimilarityArtifact`: similarities and tables of one model's experts, on disk as one safetensors file with a manifest.
 
 Format 2 added the tables; `similarity_checks.TABLES` says what they are. Format 1, which has none, is read, too.
 """
@@ -154,7 +154,7 @@ class SimilarityArtifact:
         try:
             with safe_open(file, framework="pt") as opened:
                 manifest = json.loads((opened.metadata() or {})["manifest"])
-                matrices, tables = {}, {}
+                matrices, tables = dict[tuple[int, str], Tensor](), dict[tuple[int, str], Tensor]()
                 for key in opened.keys():  # noqa: SIM118 (not a dict)
                     _, layer, name = key.split(".")
                     (tables if name in TABLES else matrices)[int(layer), name] = opened.get_tensor(key)

@@ -61,15 +61,15 @@ class Router:
         kept = getattr(self._config, "topk_group", None) or 1
         for function in ("softmax", "sigmoid"):
             for bias in (*biases, None):
-                yield Scoring(function=function, bias=bias)  # type: ignore[arg-type]
+                yield Scoring(function=function, bias=bias)
                 if groups > kept:
                     for score in ("top2", "max"):
                         yield Scoring(
-                            function=function,  # type: ignore[arg-type]
+                            function=function,
                             bias=bias,
                             num_groups=groups,
                             groups_kept=kept,
-                            group_score=score,  # type: ignore[arg-type]
+                            group_score=score,
                         )
 
 

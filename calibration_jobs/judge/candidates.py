@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sere.calibration_jobs.judge.agreement import off_diagonal
 from sere.calibration_jobs.metrics.base import Matrices
-from sere.conf.schema import METRICS, JudgeConfig, Metric, RerouteConfig
+from sere.conf.schema import METRICS, JudgeConfig, Metric, PolicyName, RerouteConfig
 from sere.ops.policies.targets import random_similarity
 
 RANDOM = "random"
@@ -120,7 +120,9 @@ def policies_of(
         for name in config.policies:
             metrics = [metric for metric in METRICS if metric in known] if name == "sere" else [config.metric]
             for metric in metrics:
-                reroute = RerouteConfig(policy=name, similarity="in memory", metric=cast(Metric, metric), **dials)
+                reroute = RerouteConfig(
+                    policy=cast(PolicyName, name), similarity="in memory", metric=cast(Metric, metric), **dials
+                )
                 if known.issuperset(reroute.needs_tables):
                     found.append(Emulated(f"sere {metric}" if name == "sere" else name, reroute, tables))
     return found

@@ -82,7 +82,7 @@ class ShardSums:
 
     sums: Mapping[SumKey, Tensor]
     """float64 `[num_experts, num_experts]` each."""
-    tables: Mapping["TableKey", Tensor] = field(default_factory=dict)
+    tables: Mapping["TableKey", Tensor] = field(default_factory=lambda: dict[TableKey, Tensor]())
     """Sums of the tables, of all tokens."""
     num_tokens: Mapping[int | None, int]
     """Tokens of each domain, and of all under None."""
@@ -97,7 +97,8 @@ class ShardSums:
             "elapsed_s": self.elapsed_s,
             "peak_memory_bytes": self.peak_memory_bytes,
         }
-        return {key.to_name(): tensor for key, tensor in {**self.sums, **self.tables}.items()}, info
+        tensors = {key.to_name(): tensor for key, tensor in self.sums.items()}
+        return tensors | {key.to_name(): tensor for key, tensor in self.tables.items()}, info
 
     @classmethod
     def from_result(cls, result: tuple[Mapping[str, Tensor], Mapping[str, Any]]) -> "ShardSums":

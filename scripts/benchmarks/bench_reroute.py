@@ -3,13 +3,15 @@
     python scripts/benchmarks/bench_reroute.py [--out docs/benchmarks/reroute-...]
 
 On a GPU: time per launch inside a CUDA graph of 48 launches (48 layers, each with its own inputs and similarity), for a grid of
-step sizes and layer shapes, beside an empty kernel (what any launch costs) and beside the paper's recipe in torch operations.
+step sizes and layer shapes, beside an empty kernel (what any launch costs) and beside the paper's recipe in torch operations;
+and time of own targets (policy oea), which change weights in place and so are timed with two copies, beside those alone.
 On the CPU: one step, beside the experts of the layer it belongs to, as Transformers computes them in float32.
 
 Nothing is timed whose result on the very inputs it is timed with, of all layers, differs from the reference.
 """
 
 import argparse
+import functools
 import itertools
 import time
 from collections.abc import Callable
@@ -19,8 +21,11 @@ import torch
 from benchmark import environment, positive, report, report_path, spread, summary
 from torch import Tensor
 
+from sere.conf.schema import RerouteConfig
 from sere.ops import reroute_topk
 from sere.ops.kernels.counting import COUNTERS, count_step
+from sere.ops.policies.policy import LayerInfo, Policy
+from sere.ops.policies.scoring import Scoring
 from sere.ops.reference import DECODE, reroute_reference
 
 NUM_LAYERS = 48
@@ -29,13 +34,13 @@ NUM_TOKENS = [1, 8, 16, 32, 64, 128, 256]
 THRESHOLD = 0.5
 
 
-def draw(num_tokens: int, num_experts: int, top_k: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Weights, ids and similarity of a step: softmax top-k of random logits, a drawn symmetric matrix."""
+def draw(num_tokens: int, num_experts: int, top_k: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Weights, ids, similarity and logits of a step: softmax top-k of random logits, a drawn symmetric matrix."""
     logits = torch.randn(num_tokens, num_experts, generator=generator)
     weights, ids = logits.softmax(-1).topk(top_k)
     similarity = torch.rand(num_experts, num_experts, generator=generator)
     similarity = torch.maximum(similarity, similarity.T).fill_diagonal_(1)
-    return weights / weights.sum(-1, keepdim=True), ids.int(), similarity
+    return weights / weights.sum(-1, keepdim=True), ids.int(), similarity, logits
 
 
 def recipe(weights: Tensor, ids: Tensor, similarity: Tensor, primary_top_k: int) -> Tensor:
@@ -92,7 +97,7 @@ def bench_shape(
 
     generator = torch.Generator().manual_seed(num_tokens)
     layers = [draw(num_tokens, num_experts, top_k, generator) for _ in range(NUM_LAYERS)]
-    weights, ids, similarity = ([tensor.to(device) for tensor in kind] for kind in zip(*layers, strict=True))
+    weights, ids, similarity, logits = ([tensor.to(device) for tensor in kind] for kind in zip(*layers, strict=True))
     neighbours = [sorted_neighbours(matrix, THRESHOLD) for matrix in similarity]
     new_ids = [torch.empty_like(tensor) for tensor in ids]
     recipe_ids: list[Tensor | None] = [None] * NUM_LAYERS
@@ -118,12 +123,27 @@ def bench_shape(
         for layer in range(NUM_LAYERS):
             recipe_ids[layer] = recipe(weights[layer], ids[layer], similarity[layer], primary_top_k)
 
+    info = dict(index=0, num_experts=num_experts, top_k=top_k, renormalize=True, scoring=Scoring(function="softmax"))
+    oea = RerouteConfig(policy="oea", primary_top_k=primary_top_k)
+    own = Policy(oea, LayerInfo(device=device, **info))
+    own_weights, own_ids = [torch.empty_like(tensor) for tensor in weights], [torch.empty_like(tensor) for tensor in ids]
+
+    routed: list[Tensor | None] = [None] * NUM_LAYERS
+
+    def route_own(launched: bool) -> None:
+        for layer in range(NUM_LAYERS):
+            own_weights[layer].copy_(weights[layer])
+            own_ids[layer].copy_(ids[layer])
+            if launched:
+                arguments = own_weights[layer], own_ids[layer], logits[layer], roles
+                routed[layer] = own.route_and_count(*arguments, step=step)[1]
+
     ways = {
         "kernel": (lambda: launch(False), new_ids),
         "kernel, counting": (lambda: launch(True), new_ids),
         "recipe": (run_recipe, recipe_ids),
     }
-    expected = [reroute_reference(*layer, primary_top_k=primary_top_k, threshold=THRESHOLD) for layer in layers]
+    expected = [reroute_reference(*layer[:3], primary_top_k=primary_top_k, threshold=THRESHOLD) for layer in layers]
     for name, (run, results) in ways.items():
         for result in new_ids:
             result.fill_(-77)
@@ -133,7 +153,18 @@ def bench_shape(
                 raise SystemExit(
                     f"the {name} differs from the reference at T={num_tokens} E={num_experts}, layer {layer}: nothing is timed"
                 )
-    return {name: time_graph(run, repeats) for name, (run, _) in ways.items()}
+    route_own(True)
+    torch_own = Policy(oea, LayerInfo(device=torch.device("cpu"), **info))
+    for layer, (drawn_weights, drawn_ids, _, drawn_logits) in enumerate(layers):
+        _, wanted = torch_own.route(drawn_weights, drawn_ids, drawn_logits, roles.cpu())
+        found = routed[layer]
+        if found is None or not torch.equal(found.cpu(), wanted):
+            raise SystemExit(
+                f"own targets differ from torch's at T={num_tokens} E={num_experts}, layer {layer}: nothing is timed"
+            )
+    times = {name: time_graph(run, repeats) for name, (run, _) in ways.items()}
+    times["own and copies"] = time_graph(functools.partial(route_own, True), repeats)
+    return times | {"copies": time_graph(functools.partial(route_own, False), repeats)}
 
 
 def bench_gpu(repeats: int) -> dict[str, Any]:
@@ -164,8 +195,9 @@ def gpu_table(results: dict[str, Any]) -> list[str]:
         "",
         f"Empty kernel: {spread(results['empty kernel'])}.",
         "",
-        "| E, K | S | T | kernel, us (p20 to p80) | with counters | times the empty kernel | recipe, us | recipe / kernel |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
+        "| E, K | S | T | kernel, us (p20 to p80) | with counters | times the empty kernel | recipe, us | recipe / kernel "
+        "| own |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for row in results["rows"]:
         kernel, median = row["kernel"], row["kernel"]["median"]
@@ -178,6 +210,7 @@ def gpu_table(results: dict[str, Any]) -> list[str]:
             f"{median / floor:.2f}",
             f"{row['recipe']['median']:.2f}",
             f"{row['recipe']['median'] / median:.1f}",
+            f"{row['own and copies']['median'] - row['copies']['median']:.2f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
@@ -199,25 +232,18 @@ def bench_cpu(args: argparse.Namespace) -> dict[str, Any]:
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
     generator = torch.Generator().manual_seed(0)
-    weights, ids, similarity = draw(args.tokens, args.experts, args.top_k, generator)
+    weights, ids, similarity, _ = draw(args.tokens, args.experts, args.top_k, generator)
     roles = torch.full((args.tokens,), DECODE, dtype=torch.int8)
     settings = dict(primary_top_k=args.primary_top_k, threshold=THRESHOLD, roles=roles)
     new_ids = reroute_topk(weights, ids, similarity, **settings)
     if not torch.equal(new_ids, reroute_reference(weights, ids, similarity, **settings)):
         raise SystemExit("the op differs from the reference on these inputs: no time is reported")
-    counters, num_decode = torch.zeros(len(COUNTERS), dtype=torch.int64), torch.tensor(args.tokens)
+    counters, step = torch.zeros(len(COUNTERS), dtype=torch.int64), torch.tensor([args.tokens, args.tokens, 1])
+    active = torch.zeros(args.experts, dtype=torch.bool).index_fill_(0, ids[:, : args.primary_top_k].flatten().long(), True)
 
     def count() -> None:
-        count_step(
-            counters,
-            topk_weights=weights,
-            ids_before=ids,
-            ids_after=new_ids,
-            roles=roles,
-            num_decode_rows=num_decode,
-            num_experts=args.experts,
-            primary_top_k=args.primary_top_k,
-        )
+        before, after = ids.long(), new_ids.long()
+        count_step(counters, ids_before=before, ids_after=after, roles=roles, step=step, active=active)
 
     config = Qwen3MoeConfig(
         hidden_size=args.hidden,

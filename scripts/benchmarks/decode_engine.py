@@ -141,13 +141,13 @@ class Bench:
             layer.counters = self.counter(variant)[number] if variant.endswith("counted") else None
 
     def policy(self, layer: Any, primary_top_k: int) -> Any:
-        from sere.ops.policies.random import RandomPolicy
+        from sere.ops.policies.policy import Policy
 
         info = layer.policy.layer
         key = (info.index, primary_top_k)
         if key not in self.policies:
             config = dataclasses.replace(layer.policy.config, primary_top_k=primary_top_k)
-            self.policies[key] = RandomPolicy(config, info)
+            self.policies[key] = Policy(config, info)
         return self.policies[key]
 
     def counter(self, variant: str) -> torch.Tensor:
@@ -172,7 +172,7 @@ class Bench:
             logits = torch.randn(num_rows, self.shape["num_experts"])
             weights, ids = logits.softmax(-1).topk(TOP_K)
             expected = reroute_reference(
-                weights, ids, layer.policy.similarity.cpu(), primary_top_k=primary_top_k, threshold=layer.policy.threshold
+                weights, ids, layer.policy.similarity.cpu(), primary_top_k=primary_top_k, threshold=0.0
             )
             _, actual = layer.route(weights.to(self.device), ids.to(self.device, torch.int32), logits.to(self.device))
             if not torch.equal(actual.cpu().long(), expected):

@@ -11,11 +11,17 @@ from hypothesis import given, settings
 from sere.ops import reroute_topk
 from sere.ops.engine.roles import TokenRoles
 from sere.ops.kernels import cuda
-from sere.ops.kernels.counting import COUNTERS, count_step
+from sere.ops.kernels.counting import COUNTERS
 from sere.ops.kernels.neighbours import sorted_neighbours
 from sere.ops.reference import DECODE, PADDING, reroute_reference
 from tests.examples import examples
-from tests.ops.kernels.kernel_checks import batches, check_reroute, check_token_roles, modes
+from tests.ops.kernels.kernel_checks import (
+    batches,
+    check_reroute,
+    check_token_roles,
+    count_reroute,
+    modes,
+)
 from tests.ops.strategies import Step, steps
 
 on_gpu = settings(deadline=None, database=None)
@@ -115,13 +121,13 @@ class Captured:
         for layer, similarity in enumerate(self.similarity):
             expected = reroute_reference(weights[layer], ids[layer], similarity, primary_top_k=2, threshold=0.5, roles=roles)
             assert torch.equal(self.ids[layer].cpu(), expected)
-            count_step(
+            count_reroute(
                 self.expected_counters[layer],
-                topk_weights=weights[layer],
-                ids_before=ids[layer],
-                ids_after=expected,
+                weights[layer],
+                ids[layer],
+                expected,
                 roles=roles,
-                num_decode_rows=self.expected_roles.step[0],
+                step=self.expected_roles.step,
                 num_experts=self.num_experts,
                 primary_top_k=2,
             )
@@ -197,7 +203,8 @@ def test_first_call_of_the_op_inside_a_capture_is_an_error(device):
 SANITIZED = """
 import torch
 from sere.ops.kernels import cuda
-from tests.ops.kernels.kernel_checks import check_reroute
+from tests.ops.kernels.kernel_checks import check_policy_step, check_reroute
+from tests.ops.kernels.policy_examples import some_policy_steps
 from tests.ops.strategies import Step
 device = torch.device("cuda", 0)
 cuda.warm_up(device)
@@ -209,6 +216,9 @@ for num_tokens, num_experts, top_k in [(1, 1, 1), (33, 65, 17), (64, 128, 8), (3
         roles = torch.randint(0, 3, (num_tokens,), generator=generator, dtype=torch.int8)
         step = Step(weights, ids.to(dtype), similarity, roles, primary_top_k=1, threshold=0.3)
         check_reroute(step, dict(in_place=True, counted=True, left_alone=False, neutral=False), device)
+mode = dict(counted=True, left_alone=False, differences=True, dtype=torch.bfloat16)
+for policy_step in some_policy_steps():
+    check_policy_step(policy_step, mode, device)
 print("all equal")
 """
 

@@ -7,8 +7,8 @@ from sere.conf.schema import RerouteConfig
 from sere.ops.engine.counters import CounterFile
 from sere.ops.engine.roles import TokenRoles
 from sere.ops.kernels.counting import COUNTERS
-from sere.ops.policies import POLICIES
-from sere.ops.policies.base import LayerInfo
+from sere.ops.policies.policy import LayerInfo, Policy
+from sere.ops.policies.scoring import Scoring
 from sere.ops.similarity import SimilarityArtifact
 
 CPU = torch.device("cpu")
@@ -19,11 +19,11 @@ def test_everything_made_at_engine_start(demo_artifact, tmp_path):
     try:
         with torch.device("meta"):
             artifact = SimilarityArtifact.load(demo_artifact)
-            info = LayerInfo(index=1, num_experts=64, top_k=8, renormalize=True, device=CPU)
-            for name, policy in POLICIES.items():
-                config = RerouteConfig(policy=name, similarity="x", primary_top_k=2)
-                made = policy(config, info, artifact.matrix(1, "cosine") if policy.needs_similarity else None)
-                if hasattr(made, "similarity"):
+            scoring = Scoring(function="softmax")
+            info = LayerInfo(index=1, num_experts=64, top_k=8, renormalize=True, device=CPU, scoring=scoring)
+            for name in ("none", "sere", "oea", "top_k", "random"):
+                made = Policy(RerouteConfig(policy=name, similarity="x"), info, artifact.layer_tables(1))
+                if made.similarity is not None:
                     assert made.similarity.device == CPU and made.similarity.dtype == torch.float32
             roles = TokenRoles(capacity=9, device=CPU, decode_length=1, phase="decode", min_tokens=1, max_tokens=9)
             counters = CounterFile(layers=[0], device=CPU, folder=str(tmp_path), manifest={})

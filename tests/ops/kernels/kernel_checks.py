@@ -34,6 +34,15 @@ def step_of(roles: torch.Tensor, *, left_alone: bool) -> tuple[torch.Tensor, tor
     return roles.masked_fill(roles == DECODE, PREFILL) if left_alone else roles, step
 
 
+def count_reroute(counters, weights, ids_before, ids_after, *, roles, step, num_experts, primary_top_k) -> None:
+    """`count_step` of a step that SERE re-routed."""
+    routed = RoutedStep(
+        weights=weights, ids=ids_before.long(), roles=roles, scores=None, selection=None, num_experts=num_experts
+    )
+    active = cast_votes(Votes(rule="top", primary_top_k=primary_top_k), routed, {}).active
+    count_step(counters, ids_before=routed.ids, ids_after=ids_after.long(), roles=roles, step=step, active=active)
+
+
 def check_reroute(step: Step, mode: dict[str, bool], device: torch.device) -> None:
     """One launch gives the reference's ids and `count_step`'s counters, and changes nothing else."""
     num_tokens, top_k = step.topk_ids.shape
@@ -53,17 +62,8 @@ def check_reroute(step: Step, mode: dict[str, bool], device: torch.device) -> No
     )
     expected_counters = torch.arange(len(COUNTERS)) * 1000
     if mode["counted"]:
-        routed = RoutedStep(
-            weights=step.topk_weights,
-            ids=step.topk_ids.long(),
-            roles=roles,
-            scores=None,
-            selection=None,
-            num_experts=num_experts,
-        )
-        active = cast_votes(Votes(rule="top", primary_top_k=primary_top_k), routed, {}).active
-        after = dict(ids_after=expected.long(), roles=roles, step=step_info, active=active)
-        count_step(expected_counters, ids_before=routed.ids, **after)
+        sizes = dict(num_experts=num_experts, primary_top_k=primary_top_k)
+        count_reroute(expected_counters, step.topk_weights, step.topk_ids, expected, roles=roles, step=step_info, **sizes)
 
     weights, ids = step.topk_weights.to(device, copy=True), step.topk_ids.to(device, copy=True)
     new_ids = ids if mode["in_place"] else torch.full_like(ids, SENTINEL)

@@ -1,6 +1,5 @@
 """The CUDA kernels on the CPU: the same sources, run against the reference under sanitizers (see cuda_on_cpu/cuda.h)."""
 
-import itertools
 from dataclasses import replace
 
 import pytest
@@ -8,13 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sere.conf.schema import RerouteConfig
 from sere.ops import op as reroute
 from sere.ops.kernels import cuda
 from sere.ops.kernels.compensating import compensate
 from sere.ops.kernels.counting import COUNTERS
 from sere.ops.kernels.neighbours import sorted_neighbours
-from sere.ops.policies.scoring import Scoring
 from sere.ops.reference import DECODE, PADDING, reroute_reference
 from tests.examples import examples
 from tests.ops.kernels.kernel_checks import (
@@ -27,8 +24,9 @@ from tests.ops.kernels.kernel_checks import (
     modes,
     routing_modes,
 )
+from tests.ops.kernels.policy_examples import some_policy_steps
 from tests.ops.kernels.shim import SANITIZERS, cuda_on_cpu, needs_compiler
-from tests.ops.strategies import PolicyStep, Step, policy_steps, steps
+from tests.ops.strategies import Step, policy_steps, steps
 
 CPU = torch.device("cpu")
 pytestmark = [needs_compiler, pytest.mark.slow]
@@ -179,40 +177,6 @@ def test_warm_up(shims, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     with pytest.raises(RuntimeError, match="wrong results on a GPU"):
         cuda.warm_up(CPU)
-
-
-def some_policy_steps():
-    """One of every vote and target rule, of more rows than have room in one warp."""
-    generator = torch.Generator().manual_seed(2)
-    votes = [
-        {"rule": "top", "primary_top_k": 1.5, "order": "selection"},
-        {"rule": "mass", "protect": True},
-        {"rule": "share", "share": 0.5},
-        {"rule": "benefit", "benefit": 0.5},
-        *({"rule": "budget", "budget": 5, "first": True, "score": score} for score in ("probability", "lynx")),
-    ]
-    for rules, (target, weights) in itertools.product(
-        votes, (("own", "half"), ("least_loss", "fold"), ("drop", "renormalize"))
-    ):
-        logits = torch.randn(24, 16, generator=generator).bfloat16().float()
-        scoring = Scoring(function="sigmoid", bias=torch.rand(16, generator=generator), num_groups=4, groups_kept=2)
-        scores, selection = scoring.scores(logits)
-        ids = selection.topk(4).indices
-        yield PolicyStep(
-            reroute=RerouteConfig(policy="none", similarity="x", votes=rules, targets={"rule": target}, weights=weights),
-            topk_weights=scores.gather(1, ids),
-            topk_ids=ids.int(),
-            logits=logits,
-            scoring=scoring,
-            tables={
-                "norms": torch.rand(16, generator=generator),
-                "protected": torch.arange(16) == 3,
-                "folds": torch.rand(16, 16, generator=generator),
-                "fold_losses": torch.rand(16, 16, generator=generator),
-            },
-            roles=torch.randint(0, 3, (24,), generator=generator, dtype=torch.int8),
-            renormalize=True,
-        )
 
 
 def test_no_data_races():
