@@ -14,13 +14,13 @@ from sere.pipeline.cli import main as sere
 FOLDER = Path("runs/demo")
 URI = f"sqlite:///{FOLDER}/mlflow.db"
 EXPERIMENT = "sere-demo"
-# The same S for every policy, and a second S for sere. Threshold 0: every secondary expert is re-routed.
+# The recommended policy at two dials; at one of them the paper's policy, and dropping instead of re-routing.
 CONFIGURATIONS = {
     "unmodified": "reroute.policy=none",
+    "sere_t-s3": "reroute.policy=sere_t reroute.primary_top_k=3",
+    "sere_t-s2": "reroute.policy=sere_t reroute.primary_top_k=2",
     "sere-s2": "reroute.policy=sere reroute.primary_top_k=2",
-    "random-s2": "reroute.policy=random reroute.primary_top_k=2",
     "top_k-s2": "reroute.policy=top_k reroute.primary_top_k=2",
-    "sere-s1": "reroute.policy=sere reroute.primary_top_k=1",
 }
 
 

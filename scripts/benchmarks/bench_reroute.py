@@ -15,6 +15,7 @@ import functools
 import itertools
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch

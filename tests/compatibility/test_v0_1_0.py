@@ -96,7 +96,8 @@ def test_a_generate_job_begun_goes_on(tmp_path, monkeypatch):
     shutil.copytree(MADE / "run", tmp_path / "run")
     overrides = [
         f"output={tmp_path}/run", "num_rows=48", "preserve_order=false", "tracking.uri=",
-        f"reroute.similarity={MADE}/similarity.safetensors",
+        # What conf/generate.yaml said then.
+        f"reroute.similarity={MADE}/similarity.safetensors", "reroute.policy=sere", "reroute.primary_top_k=2",
     ]  # fmt: skip
     summary = generate(load_config(GenerateConfig, "conf/generate.yaml", overrides))
     assert summary.metrics["num_rows"] == 48 and summary.metrics["num_sessions"] == 2

@@ -46,7 +46,7 @@ def refused(result, *parts):
 @pytest.fixture
 def generate(run, tmp_path, demo_artifact):
     def command(*overrides):
-        settings = [f"output={tmp_path}/out", f"reroute.similarity={demo_artifact}", *overrides]
+        settings = [f"output={tmp_path}/out", f"reroute.similarity={demo_artifact}", "reroute.policy=sere", *overrides]
         result = run("generate", "conf/generate.yaml", *settings)
         assert not list(tmp_path.glob("*out*")), "nothing is written"
         return result

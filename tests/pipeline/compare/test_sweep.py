@@ -28,8 +28,8 @@ def points(*overrides):
 def test_grid():
     found = {point.name: point.config for point in points()}
     assert next(iter(found)) == "none,max_num_seqs=16", "what the others are compared with"
-    # sere: 2 S x 2 thresholds; random and top_k know no threshold.
-    assert len(found) == 1 + 4 + 2 + 2
+    # sere: 2 S x 2 thresholds; sere_t, oea and top_k know no threshold.
+    assert len(found) == 1 + 4 + 2 + 2 + 2
     config = found["sere,S1,cosine,rho0.5,max_num_seqs=16"]
     assert (config.reroute.policy, config.reroute.primary_top_k, config.reroute.threshold) == ("sere", 1, 0.5)
     assert config.output == "runs/demo-moe/sweep/sere,S1,cosine,rho0.5,max_num_seqs=16"

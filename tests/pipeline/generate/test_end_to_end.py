@@ -141,7 +141,7 @@ def test_generation_and_comparison(calibrated, rows, folder):
         assert sum(layer.counts["decode_rows"] for layer in counted if layer.layer == number) == decoded
 
     table = sere("compare", "e", "--uri", f"sqlite:///{folder}/ml.db", "--output", str(folder / "out"))
-    assert "unmodified" in table and "sere S=2, cosine rho=0" in table
+    assert "unmodified" in table and "sere_t S=2" in table
     assert (folder / "out" / "compare.csv").is_file() and (folder / "out" / "compare.png").is_file()
 
 
@@ -151,7 +151,8 @@ def test_refusal_inside_an_engine_is_one_line(calibrated, folder):
 
     whole = SimilarityArtifact.load(calibrated)
     matrices = {key: matrix for key, matrix in whole.matrices.items() if key[0] != 2}
-    SimilarityArtifact(matrices, {**whole.manifest, "layers": [0, 1, 3]}).save(folder / "partial.safetensors")
+    tables = {key: table for key, table in whole.tables.items() if key[0] != 2}
+    SimilarityArtifact(matrices, {**whole.manifest, "layers": [0, 1, 3]}, tables).save(folder / "partial.safetensors")
     settings = [f"output={folder}/refused", "tracking.uri=''", f"reroute.similarity={folder}/partial.safetensors"]
     error = sere("generate", "conf/generate.yaml", *settings, status=2)
     assert "sere: the artifact has no matrix for layer 2: it has [0, 1, 3]" in error.splitlines()[-1]
