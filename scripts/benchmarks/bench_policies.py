@@ -35,7 +35,7 @@ OTHERS: dict[str, list[dict[str, Any]]] = {
     "naee_skip": [{}, {"share": 0.5}, {"share": 0.25}],
     "oea by mass": [{"rule": "mass", "mass": value} for value in (0.25, 0.4, 0.55, 0.7)],
     "oea by share": [{"rule": "share", "share": value} for value in (0.9, 0.7, 0.5, 0.35)],
-    "oea by benefit": [{"rule": "benefit", "benefit": value} for value in (0.7, 0.45, 0.35, 0.25)],
+    "oea by benefit": [{"rule": "benefit", "benefit": value} for value in (0.2, 0.15, 0.12, 0.09)],
 }
 # One rule exchanged at a time, at the same votes.
 ABLATION: dict[str, dict[str, Any]] = {

@@ -25,7 +25,7 @@ from sere.ops.engine.counters import read_counters
 
 
 def variants(top_ks: list[float]) -> list[Variant]:
-    names = ("top_k", "sere", "oea", "sere_t rank 0", "sere_t rank 2")
+    names = ("sere", "oea", "sere_t rank 0", "sere_t rank 2")
     return [Variant(name, f"S={top_k:g}", settings(name, primary_top_k=top_k)) for name in names for top_k in top_ks]
 
 

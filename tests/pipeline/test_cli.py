@@ -135,9 +135,9 @@ def test_replicas_that_do_not_fit(generate):
 def test_output_of_something_else(run, tmp_path, demo_artifact):
     (tmp_path / "out" / "results").mkdir(parents=True)
     (tmp_path / "out" / "results" / "mine.parquet").write_text("x")
-    settings = [f"output={tmp_path}/out", f"reroute.similarity={demo_artifact}"]
+    settings = [f"output={tmp_path}/out", f"reroute.similarity={demo_artifact}", "reroute.policy=sere"]
     refused(run("generate", "conf/generate.yaml", *settings), "has results/mine.parquet, which this program did not write")
-    refused(run("generate", "conf/generate.yaml", "output=nosuch://x/y", settings[1]), "nosuch://x/y cannot be opened")
+    refused(run("generate", "conf/generate.yaml", "output=nosuch://x/y", *settings[1:]), "nosuch://x/y cannot be opened")
 
 
 def test_usage(capsys):

@@ -223,7 +223,12 @@ def test_the_sanitizers_see_what_they_are_for(tmp_path, monkeypatch):
     changes = [
         ("reroute.cu", "exists ? topk_weights[index] : 0", "exists ? topk_weights[index + 1] : 0", "heap-buffer-overflow"),
         ("reroute.cu", "    if (idle) return;\n", "    if (thread == 7) return;\n", "divergence"),
-        ("router.cuh", "expert < router.num_experts ? rank_key", "expert <= router.num_experts ? rank_key", "buffer-overflow"),
+        (
+            "router.cuh",
+            "expert < router.num_experts ? router.logit",
+            "expert <= router.num_experts ? router.logit",
+            "buffer-overflow",
+        ),
         ("votes.cuh", "if (votes.by_selection) {", "if (slot == 3) {", "divergence"),
     ]
     for number, (source, line, replacement, report) in enumerate(changes):
