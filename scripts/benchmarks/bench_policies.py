@@ -152,15 +152,15 @@ def ablation_variants(top_k: float) -> Iterator[Variant]:
         yield Variant(name, f"S={top_k:g}", reroute)
 
 
-def fresh_tasks(number: int) -> list[tuple[str, str, str]]:
+def fresh_tasks(number: int, tasks: list[str] | None = None) -> list[tuple[str, str, str]]:
     """Task, prompt and answer of rows that no training saw: of all tasks but `look`, which the bundled model does not know."""
     from tasks import TASKS, examples
 
-    return list(itertools.islice(examples("evaluation", 1, [task for task in TASKS if task != "look"]), number))
+    return list(itertools.islice(examples("evaluation", 1, tasks or [task for task in TASKS if task != "look"]), number))
 
 
-def task_rows(tokenizer: Any, number: int) -> list[Answered]:
-    return [_answered(tokenizer, prompt, answer) for _, prompt, answer in fresh_tasks(number)]
+def task_rows(tokenizer: Any, number: int, tasks: list[str] | None) -> list[Answered]:
+    return [_answered(tokenizer, prompt, answer) for _, prompt, answer in fresh_tasks(number, tasks)]
 
 
 def _answered(tokenizer: Any, prompt: str, answer: str) -> Answered:
@@ -239,6 +239,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--artifact", type=Path, required=True, help="calibrated on the model")
     parser.add_argument("--rows", type=int, default=4096)
     parser.add_argument("--data", choices=("tasks", "text"), default="tasks")
+    parser.add_argument("--tasks", type=lambda text: text.split(","), help="those that the model knows; all but look")
     parser.add_argument("--batch-sizes", type=integers, default=[16])
     parser.add_argument("--refill", action="store_true", help="places are refilled, as in an engine that never waits")
     parser.add_argument("--top-k", type=lambda text: [float(part) for part in text.split(",")], default=[1, 2, 3, 4])
@@ -253,7 +254,10 @@ def main() -> None:
 
     arguments = parse()
     model, tokenizer, tables = load(arguments.model, arguments.artifact)
-    rows = (task_rows if arguments.data == "tasks" else text_rows)(tokenizer, arguments.rows)
+    if arguments.data == "tasks":
+        rows = task_rows(tokenizer, arguments.rows, arguments.tasks)
+    else:
+        rows = text_rows(tokenizer, arguments.rows)
     chunks = chunks_of(model, rows)
     lines, found = [environment(f"transformers {transformers.__version__}"), ""], []
     for batch_size in arguments.batch_sizes:
