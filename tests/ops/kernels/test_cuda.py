@@ -39,7 +39,7 @@ def shims():
         yield shims
 
 
-@settings(in_bounds, max_examples=examples(2000))
+@settings(in_bounds, max_examples=examples(1000))
 @given(step=steps(max_tokens=80, max_experts=200), mode=modes())
 def test_equals_reference(shims, step: Step, mode):
     check_reroute(step, mode, CPU)
@@ -144,7 +144,7 @@ def test_token_roles(shims, batch):
 def test_thousands_of_cases_ran(shims):
     """That the tests above did run the kernels, and how often."""
     print(f"{shims.num_launches} launches")
-    assert shims.num_launches > 3000
+    assert shims.num_launches > 2500
 
 
 def test_ids_out_of_range_are_unused_slots(shims):
@@ -223,12 +223,7 @@ def test_the_sanitizers_see_what_they_are_for(tmp_path, monkeypatch):
     changes = [
         ("reroute.cu", "exists ? topk_weights[index] : 0", "exists ? topk_weights[index + 1] : 0", "heap-buffer-overflow"),
         ("reroute.cu", "    if (idle) return;\n", "    if (thread == 7) return;\n", "divergence"),
-        (
-            "router.cuh",
-            "expert < router.num_experts ? router.logit",
-            "expert <= router.num_experts ? router.logit",
-            "buffer-overflow",
-        ),
+        ("router.cuh", "min(i * WARP + lane, router.num_experts - 1)", "i * WARP + lane", "heap-buffer-overflow"),
         ("votes.cuh", "if (votes.by_selection) {", "if (slot == 3) {", "divergence"),
     ]
     for number, (source, line, replacement, report) in enumerate(changes):
