@@ -33,6 +33,11 @@ def summary_lines(summary: "Summary") -> list[str]:
             f"  active experts per step {metrics['active_experts_before']:.1f} -> {metrics['active_experts_after']:.1f}, "
             f"{metrics['rerouted_share']:.0%} of slots re-routed"
         )
+    if metrics.get("rerouted_share") and "rerouting_active_experts_after" in metrics:
+        lines.append(
+            f"  in steps that re-route and read no prompt {metrics['rerouting_active_experts_before']:.1f} -> "
+            f"{metrics['rerouting_active_experts_after']:.1f} ({-metrics['rerouting_saved_share']:.0%})"
+        )
     return lines
 
 
