@@ -11,7 +11,6 @@ Nothing is timed whose result on the very inputs it is timed with, of all layers
 """
 
 import argparse
-import functools
 import itertools
 import time
 from collections.abc import Callable
@@ -24,7 +23,7 @@ from torch import Tensor
 
 from sere.conf.schema import RerouteConfig
 from sere.ops import reroute_topk
-from sere.ops.kernels.counting import COUNTERS, count_step
+from sere.ops.kernels.counting import COUNTERS
 from sere.ops.policies.policy import LayerInfo, Policy
 from sere.ops.policies.scoring import Scoring
 from sere.ops.reference import DECODE, reroute_reference
@@ -156,16 +155,15 @@ def bench_shape(
                 )
     route_own(True)
     torch_own = Policy(oea, LayerInfo(device=torch.device("cpu"), **info))
-    for layer, (drawn_weights, drawn_ids, _, drawn_logits) in enumerate(layers):
+    for layer, ((drawn_weights, drawn_ids, _, drawn_logits), found) in enumerate(zip(layers, routed, strict=True)):
         _, wanted = torch_own.route(drawn_weights, drawn_ids, drawn_logits, roles.cpu())
-        found = routed[layer]
         if found is None or not torch.equal(found.cpu(), wanted):
             raise SystemExit(
                 f"own targets differ from torch's at T={num_tokens} E={num_experts}, layer {layer}: nothing is timed"
             )
     times = {name: time_graph(run, repeats) for name, (run, _) in ways.items()}
-    times["own and copies"] = time_graph(functools.partial(route_own, True), repeats)
-    return times | {"copies": time_graph(functools.partial(route_own, False), repeats)}
+    times["own and copies"] = time_graph(partial(route_own, True), repeats)
+    return times | {"copies": time_graph(partial(route_own, False), repeats)}
 
 
 def bench_gpu(repeats: int) -> dict[str, Any]:
@@ -239,13 +237,6 @@ def bench_cpu(args: argparse.Namespace) -> dict[str, Any]:
     new_ids = reroute_topk(weights, ids, similarity, **settings)
     if not torch.equal(new_ids, reroute_reference(weights, ids, similarity, **settings)):
         raise SystemExit("the op differs from the reference on these inputs: no time is reported")
-    counters, step = torch.zeros(len(COUNTERS), dtype=torch.int64), torch.tensor([args.tokens, args.tokens, 1])
-    active = torch.zeros(args.experts, dtype=torch.bool).index_fill_(0, ids[:, : args.primary_top_k].flatten().long(), True)
-
-    def count() -> None:
-        before, after = ids.long(), new_ids.long()
-        count_step(counters, ids_before=before, ids_after=after, roles=roles, step=step, active=active)
-
     config = Qwen3MoeConfig(
         hidden_size=args.hidden,
         num_experts=args.experts,
@@ -260,7 +251,6 @@ def bench_cpu(args: argparse.Namespace) -> dict[str, Any]:
     with torch.inference_mode():
         rows = {
             "re-route": measure(lambda: reroute_topk(weights, ids, similarity, **settings), args.repeats),
-            "count": measure(count, args.repeats),
             "experts of the layer, as routed": measure(lambda: experts(hidden, ids.long(), weights), args.repeats // 10),
             "experts of the layer, re-routed": measure(lambda: experts(hidden, new_ids.long(), weights), args.repeats // 10),
         }
