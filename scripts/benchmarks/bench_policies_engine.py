@@ -54,9 +54,10 @@ def generate(folder: Path, data: Path, arguments: argparse.Namespace, reroute: d
     subprocess.run([*command, *(f"{key}={value}" for key, value in overrides.items())], check=True, cwd=ROOT)
     rows = [row for file in sorted((folder / "run/results").glob("*.parquet")) for row in pq.read_table(file).to_pylist()]
     counts: dict[str, int] = {}
-    for layer in read_counters(folder / "counters"):
-        for name, value in layer.counts.items():
-            counts[name] = counts.get(name, 0) + value
+    for replica in (folder / "counters").iterdir():
+        for layer in read_counters(replica):
+            for name, value in layer.counts.items():
+                counts[name] = counts.get(name, 0) + value
     matches = {row["id"]: row["generated_text"] == row["reference"] for row in rows}
     return {"matches": matches, "counts": counts, "seconds": time.monotonic() - started}
 
