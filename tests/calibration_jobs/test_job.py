@@ -15,6 +15,7 @@ from sere.calibration_jobs.workers.model import load_model
 from sere.conf.errors import ConfigError
 from sere.conf.schema import JudgeConfig, TrackingConfig
 from sere.ops.similarity import SimilarityArtifact
+from sere.ops.similarity_checks import TABLES
 from tests.calibration_jobs.conftest import config_of
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("cluster")]
@@ -175,8 +176,13 @@ def test_quality_record(judged_job):
         assert names == {"cosine", "cosine@digits", "cosine@letters", "random"}
     emulated = {(row["policy"], row["primary_top_k"]): row for row in found["emulation"]}
     assert emulated["none", None]["kl"] == 0 and emulated["none", None]["agreement"] == 1
-    assert len(emulated) == 1 + 2 * 6
-    manifest = SimilarityArtifact.load(judged_job.file).manifest
+    assert len(emulated) == 1 + 2 * 8
+    compensated = emulated["sere_t", 1]
+    assert compensated["charged_experts"] > compensated["active_experts"] and compensated["kl"] > 0
+    artifact = SimilarityArtifact.load(judged_job.file)
+    manifest = artifact.manifest
+    assert set(manifest["tables"]) == set(TABLES) and len(manifest["surrogate_explained"]) == 3
+    assert all(set(artifact.layer_tables(layer)) > set(TABLES) for layer in artifact.layers)
     assert manifest["quality"]["reference"] == found["reference"] and manifest["block_tokens"] == 64
     assert "layers" not in manifest["quality"]["held_out"][0]
 
