@@ -17,15 +17,18 @@ from sere.ops.policies.scoring import Scoring, reproduces
 class Router:
     """The router of one layer: its logits of the latest forward pass, and how it makes scores of logits."""
 
-    def __init__(self, module: nn.Module, num_experts: int, config: Any) -> None:
+    def __init__(self, module: nn.Module, parent: nn.Module, num_experts: int, config: Any) -> None:
         """Nothing is observed yet.
 
         Args:
             module: The router.
+            parent: What it is part of, beside the experts: some families keep the bias there.
             num_experts: Of its layer.
             config: The model's text configuration, which knows of groups of experts.
         """
         self.module = module
+        # Weakly: it holds the experts, by which routers are kept.
+        self._parent = weakref.ref(parent)
         self._num_experts, self._config = num_experts, config
         self.logits: Tensor | None = None
         """Float `[num_tokens, num_experts]`; None before the first pass, or where the router does not tell."""
@@ -45,17 +48,25 @@ class Router:
             found = (
                 scoring
                 for scoring in self._candidates()
-                if reproduces(scoring, self.logits, topk_weights.reshape(-1, topk_ids.shape[-1]), topk_ids)
+                if _reproduces(scoring, self.logits, topk_weights.reshape(-1, topk_ids.shape[-1]), topk_ids)
             )
             self._scoring, self._is_tried = next(found, None), True
         return self._scoring
 
     def _candidates(self) -> Iterator[Scoring]:
-        tensors = [*self.module.named_parameters(recurse=False), *self.module.named_buffers(recurse=False)]
+        parent = self._parent()
+        assert parent is not None
+        tensors = [
+            *self.module.named_parameters(),
+            *self.module.named_buffers(),
+            *parent.named_parameters(recurse=False),
+            *parent.named_buffers(recurse=False),
+        ]
+        # A linear layer's own bias is part of the logits already.
         biases = [
-            tensor.detach().float()
+            tensor.detach().float().reshape(-1)
             for name, tensor in tensors
-            if name != "bias" and tensor.shape == (self._num_experts,) and not tensor.is_meta
+            if name.rpartition(".")[2] != "bias" and tensor.numel() == self._num_experts and not tensor.is_meta
         ]
         groups = getattr(self._config, "n_group", None) or 1
         kept = getattr(self._config, "topk_group", None) or 1
@@ -73,6 +84,18 @@ class Router:
                         )
 
 
+def _reproduces(scoring: Scoring, logits: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> bool:
+    """`reproduces`, also of weights that a model of a narrow type has rounded to it."""
+    if topk_weights.dtype.itemsize >= 4:
+        return reproduces(scoring, logits, topk_weights, topk_ids)
+    expected = scoring.scores(logits)[0].gather(1, topk_ids.long())
+    expected *= topk_weights.float().sum(1, keepdim=True) / expected.sum(1, keepdim=True).clamp(min=1e-30)
+    # Each weight is rounded, and so is their sum.
+    slack = 2 * torch.finfo(topk_weights.dtype).eps * topk_weights.float().amax(1, keepdim=True)
+    is_near = bool(((expected - topk_weights.float()).abs() <= slack).all())
+    return is_near and reproduces(scoring, logits, expected, topk_ids)
+
+
 _routers: "weakref.WeakKeyDictionary[nn.Module, Router]" = weakref.WeakKeyDictionary()
 """By experts module: what was found of a router is kept for later passes."""
 
@@ -85,7 +108,8 @@ def router_of(model: nn.Module, experts: nn.Module, num_experts: int) -> Router 
         found = next((module for module in beside if module is not experts and _has_row_per_expert(module, num_experts)), None)
         if found is None:
             return None
-        _routers[experts] = Router(found, num_experts, model.config.get_text_config())  # type: ignore[operator, union-attr]
+        assert parent is not None
+        _routers[experts] = Router(found, parent, num_experts, model.config.get_text_config())  # type: ignore[operator, union-attr]
     return _routers[experts]
 
 
