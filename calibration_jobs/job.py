@@ -4,6 +4,7 @@ Every finished task is on disk before the next step counts on it; the same comma
 """
 
 import dataclasses
+import itertools
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -38,6 +39,8 @@ from sere.pipeline.runtime.storage import Storage
 from sere.pipeline.tracking.tracker import NullTracker, resume, track
 
 _log = logging.getLogger(__name__)
+# What directions are found on; one forward pass.
+_SAMPLE_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,8 @@ def calibrate(config: CalibrateConfig, *, ray_address: str | None = None) -> Cal
     name = config.registered_model or f"sere-{Path(config.model).name}"
     with JobFolder(storage, CALIBRATE, settings, overwrite=config.overwrite) as folder:
         remove_unfinished(Path(storage.locate(RESULTS)))
+        if folder.kept:
+            _log.warning("%s was begun before there were tables: it will have none. To make them: overwrite=true", output)
         # The run and its figures belong to the judging, too; the sums do not.
         key = _key(config, folder, name)
         finished = storage.get_json(FINISHED)
@@ -87,8 +92,6 @@ def calibrate(config: CalibrateConfig, *, ray_address: str | None = None) -> Cal
         storage.put(REMARKS, "".join(json.dumps(dataclasses.asdict(remark)) + "\n" for remark in remarks).encode())
         runner = TaskRunner(config, Results(storage, folder.digest), block_tokens=model.block_tokens, ray_address=ray_address)
         with _run_of(config, storage, key) as tracker, runner as tasks:
-            if folder.kept:
-                _log.warning("%s was begun before there were tables: it will have none. To make them: overwrite=true", output)
             job = JobFacts(config=config, model=model, plan=plan, folder=folder, name=name, key=key, run_id=tracker.run_id)
             _log_start(tracker, job, remarks)
             found = _similarities(job, tasks, tracker)
@@ -156,7 +159,10 @@ def _directions(job: JobFacts, tasks: TaskRunner) -> Mapping[str, Any] | None:
     """On which directions surrogates see inputs and outputs; None: as they are."""
     if "surrogates" not in tables_of(job) or job.model.hidden_size <= job.config.surrogate_directions:
         return None
-    first = Task("directions", "directions", (job.plan.shards[0].rows,))
+    rows = [row for shard in job.plan.shards for row in shard.rows]
+    ends = itertools.accumulate(len(row.tokens) for row in rows)
+    sample = tuple(row for row, end in zip(rows, ends, strict=True) if end <= _SAMPLE_TOKENS) or rows[:1]
+    first = Task("directions", "directions", (sample,))
     ((_, (found, _)),) = tasks.run([first], "Finding directions")
     return found
 
@@ -169,7 +175,8 @@ def _calibrate_shards(job: JobFacts, tasks: TaskRunner, tracker: NullTracker) ->
     growth: list[dict[str, Any]] = []
     by_name = {shard.name: shard for shard in plan.shards}
     done_tokens = 0
-    work = [Task(shard.name, "sums", (shard.rows, plan.domains, tables, directions)) for shard in plan.shards]
+    shared = tasks.share(directions) if directions is not None else None
+    work = [Task(shard.name, "sums", (shard.rows, plan.domains, tables, shared)) for shard in plan.shards]
     for task, result in tasks.run(work, "Calibrating"):
         arrived, of_shard = by_name[task.name], ShardSums.from_result(result)
         done_tokens += of_shard.num_tokens[None]

@@ -29,6 +29,7 @@ class MergedSums:
         self._specs = specs or {}
         self._halves: tuple[dict[SumKey, SimilarityMetric], ...] = ({}, {})
         self._tables: dict[tuple[int, str], TableSums] = {}
+        self._num_tokens = 0
         self.num_shards = 0
 
     def add(self, shard: Shard, found: ShardSums) -> None:
@@ -47,6 +48,7 @@ class MergedSums:
             if place not in self._tables:
                 self._tables[place] = TABLE_CLASSES[place[1]](self._specs[place[0]])
             self._tables[place].merge(TABLE_CLASSES[place[1]](self._specs[place[0]], sums))
+        self._num_tokens += found.num_tokens[None]
         self.num_shards += 1
 
     def tables(self) -> Tables:
@@ -79,6 +81,8 @@ class MergedSums:
 
     def num_tokens(self, *, domain: int | None = None, half: int | None = None) -> int:
         """Tokens of those."""
+        if domain is None and half is None:
+            return self._num_tokens
         return next((metric.num_tokens for metric in self._merged(domain, half).values()), 0)
 
 

@@ -20,7 +20,8 @@ class TableSpec:
     input_directions: Tensor | None = None
     """Orthonormal directions on which surrogates see inputs, float32 `[num_directions, hidden_size]`; None: as they are."""
     output_directions: Tensor | None = None
-    """Likewise of outputs."""
+    """Likewise of each expert's outputs, `[num_experts, num_directions, hidden_size]`: experts write into directions of their
+    own, which the leading ones of all their outputs together miss."""
 
 
 def table_specs(num_experts: Mapping[int, int], rank: int, directions: Mapping[str, Tensor] | None) -> dict[int, TableSpec]:

@@ -17,15 +17,20 @@ class SurrogateSums(TableSums):
     """For each expert, weighted sums of x x', x y' and y y over tokens, with a 1 appended to x.
 
     A token has weight 1 where the expert is among its router's best 2 top_k, else 0.05: a surrogate is asked for tokens near
-    those that chose the expert. The sums of a wide model would be `num_experts * hidden_size^2` numbers each: there inputs and
-    outputs are projected on their leading directions first (`spec`); mean outputs are summed as they are.
+    those that chose the expert. The sums of a wide model would be `num_experts * hidden_size^2` numbers each: there inputs are
+    projected on their leading directions first, and each expert's outputs on those that a sample can predict (`spec`). Mean
+    outputs and their squares are summed as they are.
     """
 
     def update(self, block: TokenBlock) -> None:
         weights, outputs = self._weights(block), block.outputs.float()
         self.add("means", (weights.T.unsqueeze(1) @ outputs).squeeze(1))
-        states = _projected(block.hidden_states.float(), self.spec.input_directions)
-        outputs = _projected(outputs, self.spec.output_directions)
+        self.add("energy", (weights.T.double() * outputs.square().sum(2).double()).sum(1))
+        states, spec = block.hidden_states.float(), self.spec
+        if spec.input_directions is not None:
+            states = states @ spec.input_directions.to(states).T
+        if spec.output_directions is not None:
+            outputs = outputs @ spec.output_directions.to(outputs).transpose(1, 2)
         inputs = torch.cat((states, states.new_ones(len(states), 1)), dim=1)
         num_experts, width = len(outputs), inputs.shape[1]
         squares, products = [], []
@@ -35,7 +40,6 @@ class SurrogateSums(TableSums):
             products.append(weighted @ outputs[part])
         self.add("squares", torch.cat(squares))
         self.add("products", torch.cat(products))
-        self.add("energy", (weights.T.double() * outputs.double().square().sum(2)).sum(1))
 
     def _weights(self, block: TokenBlock) -> Tensor:
         """Weight of each token for each expert, float32 `[num_tokens, num_experts]`."""
@@ -53,7 +57,7 @@ class SurrogateSums(TableSums):
         count = self.sums["squares"][:, -1, -1]
         centres = self.sums["squares"][:, :-1, -1] / count[:, None]
         if self.spec.output_directions is not None:
-            outputs = outputs @ self.spec.output_directions.double()
+            outputs = torch.bmm(outputs, self.spec.output_directions.double())
         # Row r - 1 of an expert: the intercept of its rank r.
         fitted = (torch.einsum("erw,ew->er", inputs, centres).unsqueeze(2) * outputs).cumsum(1)
         means = (self.sums["means"] / count[:, None]).unsqueeze(1) - fitted
@@ -69,9 +73,12 @@ class SurrogateSums(TableSums):
         """Share of the outputs' weighted variance that rank 0, 1, ... explains, over all experts."""
         rank = self.spec.rank
         left, total = torch.zeros(rank + 1, dtype=torch.float64), 0.0
-        for squares, products, energy in zip(self.sums["squares"], self.sums["products"], self.sums["energy"], strict=True):
+        for squares, products, energy, weighted in zip(
+            *(self.sums[name] for name in ("squares", "products", "energy", "means")), strict=True
+        ):
+            whole_mean = weighted / squares[-1, -1]
             count, mean = squares[-1, -1], products[-1] / squares[-1, -1]
-            variance = float(energy - count * mean.square().sum())
+            variance = float(energy - count * whole_mean.square().sum())
             inputs, outputs = _surrogate(squares, products, rank)
             centre = squares[:-1, -1] / count
             moments = squares[:-1, :-1] - count * torch.outer(centre, centre)
@@ -111,10 +118,6 @@ def _surrogate(squares: Tensor, products: Tensor, rank: int) -> tuple[Tensor, Te
     return torch.nn.functional.pad(inputs, padding), torch.nn.functional.pad(outputs, padding)
 
 
-def _projected(values: Tensor, directions: Tensor | None) -> Tensor:
-    return values if directions is None else values @ directions.to(values).T
-
-
 def leading_directions(values: Tensor, number: int) -> Tensor:
     """The directions in which some vectors are largest, orthonormal.
 
@@ -133,3 +136,19 @@ def leading_directions(values: Tensor, number: int) -> Tensor:
     kept = found.eigenvectors.flip(1)[:, :number]
     directions = values.T @ kept
     return torch.linalg.qr(directions).Q.T.float().contiguous()
+
+
+def predicted_directions(sums: SurrogateSums, number: int) -> Tensor:
+    """The directions of each expert's outputs that can be predicted best from its inputs, orthonormal.
+
+    Args:
+        sums: Over a sample of tokens, with outputs as they are.
+        number: At most so many directions; fewer if inputs or outputs have fewer dimensions.
+
+    Returns:
+        float32 `[num_experts, number, hidden_size]`.
+    """
+    products = sums.sums["products"]
+    kept = min(number, products.shape[1] - 1, products.shape[2])
+    found = [_surrogate(*parts, kept)[1] for parts in zip(sums.sums["squares"], products, strict=True)]
+    return torch.linalg.qr(torch.stack(found).transpose(1, 2)).Q.transpose(1, 2).float().contiguous()

@@ -50,6 +50,13 @@ class TaskRunner:
             remedy="num_{}_per_worker",
         )
 
+    def share(self, value: Any) -> Any:
+        """What stands for a large value as an argument of many tasks: it is sent to each machine once."""
+        import ray
+
+        self.start_ray()
+        return ray.put(value)
+
     def _start_worker(self) -> Any:
         import ray
 

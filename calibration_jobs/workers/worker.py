@@ -3,7 +3,6 @@
 A plain class; the job makes it a Ray actor. Every result depends on the arguments and the config alone.
 """
 
-import dataclasses
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -28,7 +27,7 @@ from sere.calibration_jobs.metrics.weights import weight_similarity
 from sere.calibration_jobs.shards import TokenRow
 from sere.calibration_jobs.tables import TABLE_CLASSES
 from sere.calibration_jobs.tables.base import table_specs
-from sere.calibration_jobs.tables.surrogates import leading_directions
+from sere.calibration_jobs.tables.surrogates import SurrogateSums, leading_directions, predicted_directions
 from sere.calibration_jobs.workers.model import load_model
 from sere.calibration_jobs.workers.offload import offload_folder
 from sere.calibration_jobs.workers.results import Result
@@ -54,27 +53,41 @@ class CalibrationWorker:
         self._model = load_model(self._config, self._offload.name)
 
     def directions(self, rows: Sequence[TokenRow]) -> Result:
-        """The leading directions of every layer's inputs and outputs over some rows: `LAYER.hidden_states` and `LAYER.outputs`,
-        float32 `[num_directions, hidden_size]`."""
-        number, seen = self._config.surrogate_directions, dict[int, list[TokenBlock]]()
-        # Enough vectors for as many directions; each layer's first blocks are a random sample already.
-        wanted = 4 * number
+        """On what surrogates of a wide model see each layer, from some rows that are one forward pass.
+
+        The leading directions of its inputs: `LAYER.hidden_states`, float32 `[num_directions, hidden_size]`; and of each
+        expert's outputs those that these predict best: `LAYER.outputs`, `[num_experts, 4 ranks or more, hidden_size]`.
+        """
+        batch = pad_rows([row.tokens for row in rows], self._device)
+        valid, found = batch["attention_mask"].bool().flatten(), dict[str, torch.Tensor]()
+        rank, number = self._config.surrogate_rank, self._config.surrogate_directions
+
+        def look(call: ExpertsCall) -> torch.Tensor:
+            tokens = call.hidden_states[valid.to(call.hidden_states.device)].float().cpu()
+            chosen = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(0))[: 8 * number]
+            found[f"{call.layer}.hidden_states"] = leading_directions(tokens[chosen], number)
+            return call.run()
+
+        with torch.inference_mode(), intercept_experts(self._model, look):
+            self._model(**batch, use_cache=False, logits_to_keep=1)
+        modules = find_expert_modules(self._model)
+        specs = table_specs({layer: module.num_experts for layer, module in modules.items()}, rank, found)
+        # One layer's at a time: with outputs as they are, sums are large.
+        at_work: dict[int, SurrogateSums] = {}
+
+        def finish() -> None:
+            for layer, sums in at_work.items():
+                found[f"{layer}.outputs"] = predicted_directions(sums, max(8, 4 * rank))
+            at_work.clear()
 
         def observe(layer: int, block: TokenBlock) -> None:
-            known = seen.setdefault(layer, [])
-            if sum(len(part.hidden_states) for part in known) < wanted:
-                # Of the outputs one expert's for each token, in turn: as many vectors as tokens.
-                tokens = torch.arange(len(block.hidden_states))
-                outputs = block.outputs[tokens % len(block.outputs), tokens].cpu()
-                known.append(dataclasses.replace(block, hidden_states=block.hidden_states.cpu(), outputs=outputs))
+            if layer not in at_work:
+                finish()
+                at_work[layer] = SurrogateSums(specs[layer])
+            at_work[layer].update(block)
 
-        batches = self._batches(rows)
-        observe_experts(self._model, batches, lambda *_: None, block_tokens=self._block_tokens, observe_block=observe)
-        found = {}
-        for layer, blocks in seen.items():
-            for name in ("hidden_states", "outputs"):
-                vectors = torch.cat([getattr(block, name) for block in blocks]).float()
-                found[f"{layer}.{name}"] = leading_directions(vectors, number)
+        observe_experts(self._model, [batch], lambda *_: None, block_tokens=self._block_tokens, observe_block=observe)
+        finish()
         return found, {}
 
     def sums(
@@ -120,10 +133,12 @@ class CalibrationWorker:
             block_tokens=self._block_tokens,
             observe_block=observe_block if tables else None,
         )
-        for key, metric in sums.items():
-            if not metric.sums.isfinite().all():
+        made = [(key.layer, metric.sums) for key, metric in sums.items()]
+        made += [(layer, value) for (layer, _), part in of_tables.items() for value in part.sums.values()]
+        for layer, value in made:
+            if not value.isfinite().all():
                 raise ConfigError(
-                    f"outputs of the experts of layer {key.layer} are not finite in {self._config.dtype}: try dtype=float32 or "
+                    f"outputs of the experts of layer {layer} are not finite in {self._config.dtype}: try dtype=float32 or "
                     "dtype=bfloat16, and check the model"
                 )
         return ShardSums(

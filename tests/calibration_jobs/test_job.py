@@ -69,6 +69,33 @@ def test_any_number_of_workers_gives_the_same(plain_job, not_judged, tmp_path):
         assert all(torch.equal(matrix, other.matrices[key]) for key, matrix in first.matrices.items())
 
 
+def test_a_model_wider_than_the_directions_of_its_surrogates(not_judged, tmp_path):
+    """Whatever the number of workers, and with sums that do not grow with the hidden size squared."""
+    jobs = [
+        calibrate(
+            not_judged(
+                output=str(tmp_path / str(number) / "similarity.safetensors"),
+                num_workers=number,
+                surrogate_directions=12,
+                metrics=("weights",),
+                tables=("means", "surrogates"),
+            )
+        )
+        for number in (1, 2)
+    ]
+    assert all(name in results(jobs[0].file) for name in ("directions.safetensors", "shard-000000.safetensors"))
+    first, other = (SimilarityArtifact.load(done.file) for done in jobs)
+    assert set(first.table_names) == {"means", "surrogate_in", "surrogate_out", "surrogate_means"}
+    assert all(torch.equal(table, other.tables[key]) for key, table in first.tables.items())
+    assert first.tables[1, "surrogate_in"].shape == (16, 32) and first.manifest["num_tokens"] > 1000
+    explained = first.manifest["surrogate_explained"]
+    assert explained[0] == pytest.approx(0, abs=1e-6) and 0 < explained[1] < explained[2] < 1
+    # What is explained is a share of all variance, not of that in the directions alone.
+    whole = calibrate(not_judged(output=str(tmp_path / "whole" / "similarity.safetensors"), tables=("surrogates",)))
+    best = SimilarityArtifact.load(whole.file).manifest["surrogate_explained"]
+    assert explained[2] < best[2]
+
+
 def test_equals_one_pass_over_all_tokens(not_judged, texts):
     """Shards, batches, blocks and domains aside, the sums are those of all tokens at once."""
     import pyarrow.parquet as pq

@@ -7,7 +7,7 @@ from sere.calibration_jobs.capture.experts import TokenBlock
 from sere.calibration_jobs.tables import TABLE_CLASSES
 from sere.calibration_jobs.tables.base import TableSpec
 from sere.calibration_jobs.tables.norms import super_experts
-from sere.calibration_jobs.tables.surrogates import SurrogateSums, leading_directions
+from sere.calibration_jobs.tables.surrogates import SurrogateSums, leading_directions, predicted_directions
 
 EXPERTS, TOKENS, HIDDEN, TOP_K = 6, 200, 12, 2
 SPEC = TableSpec(num_experts=EXPERTS, rank=3)
@@ -150,27 +150,48 @@ def test_tokens_near_an_expert_count_more():
     assert ((SurrogateSums(SPEC)._weights(unknown) == 1).sum(1) == TOP_K).all()
 
 
-def test_wide_models_see_leading_directions():
-    """Inputs and outputs that lie in few directions lose nothing by being projected on them."""
+def test_wide_models_see_leading_directions_of_inputs_and_predicted_ones_of_outputs():
+    """Inputs that lie in few directions and outputs of a low rank lose nothing by being projected."""
     generator = torch.Generator().manual_seed(5)
     inside = torch.linalg.qr(torch.randn(HIDDEN, 4, generator=generator)).Q
     block = linear(2)
     states = block.hidden_states @ inside @ inside.T
-    outputs = (block.outputs - block.outputs.mean(1, keepdim=True)) @ inside @ inside.T + block.outputs.mean(1, keepdim=True)
-    maps = torch.linalg.lstsq(block.hidden_states, outputs[0] - outputs[0].mean(0)).solution
-    outputs = torch.stack([states @ maps + e for e in range(EXPERTS)])
+    maps = torch.randn(EXPERTS, 4, 2, generator=generator) @ torch.randn(EXPERTS, 2, HIDDEN, generator=generator)
+    # What cannot be predicted is larger than what can: the leading directions of the outputs are not those.
+    noise = 3 * torch.randn(EXPERTS, 1, HIDDEN, generator=generator) * torch.randn(EXPERTS, 600, 1, generator=generator)
+    outputs = states @ inside @ maps + noise + 1
     flat = TokenBlock(**{**vars(block), "hidden_states": states, "outputs": outputs})
-    spec = TableSpec(
-        num_experts=EXPERTS,
-        rank=3,
-        input_directions=leading_directions(states, 4),
-        output_directions=leading_directions(outputs[0] - outputs[0].mean(0), 4),
+    inputs = leading_directions(states, 4)
+    sample = SurrogateSums(TableSpec(num_experts=EXPERTS, rank=2, input_directions=inputs))
+    sample.update(part_of(flat, slice(0, 300)))
+    found = predicted_directions(sample, 3)
+    assert inputs.shape == (4, HIDDEN) and found.shape == (EXPERTS, 3, HIDDEN)
+    torch.testing.assert_close(inputs @ inputs.T, torch.eye(4), atol=1e-4, rtol=0)
+    torch.testing.assert_close(found @ found.transpose(1, 2), torch.eye(3).expand(EXPERTS, 3, 3), atol=1e-4, rtol=0)
+    full, few = (
+        SurrogateSums(TableSpec(num_experts=EXPERTS, rank=2, input_directions=i, output_directions=o))
+        for i, o in ((None, None), (inputs, found))
     )
-    assert spec.input_directions.shape == (4, HIDDEN)
-    torch.testing.assert_close(spec.input_directions @ spec.input_directions.T, torch.eye(4), atol=1e-4, rtol=0)
-    full, few = made("surrogates", flat), made("surrogates", flat, spec)
+    for sums in (full, few):
+        sums.update(flat)
+    assert few.sums["products"].shape == (EXPERTS, 5, 3) and few.sums["squares"].shape == (EXPERTS, 5, 5)
+    assert few.explained() == pytest.approx(full.explained(), abs=0.01) and 0 < few.explained()[1] < few.explained()[2]
+    for rank in (1, 2):
+        a, b = (estimate(sums.finalize(), states, rank) for sums in (few, full))
+        assert (a - b).square().mean() < 0.01 * (b - b.mean(1, keepdim=True)).square().mean()
+
+
+def test_what_is_said_to_be_explained_is():
+    block, sums = drawn(), SurrogateSums(SPEC)
+    sums.spec = TableSpec(num_experts=EXPERTS, rank=3, output_directions=torch.eye(HIDDEN)[:7].expand(EXPERTS, 7, HIDDEN))
+    sums.update(block)
+    weights = sums._weights(block).T.unsqueeze(2)
+    centred = block.outputs - (weights * block.outputs).sum(1, keepdim=True) / weights.sum(1, keepdim=True)
+    total = (weights * centred.square()).sum()
+    tables = sums.finalize()
     for rank in (1, 2, 3):
-        torch.testing.assert_close(estimate(few, states, rank), estimate(full, states, rank), atol=0.15, rtol=0.05)
+        left = (weights * (block.outputs - estimate(tables, block.hidden_states, rank)).square()).sum()
+        assert sums.explained()[rank] == pytest.approx(float(1 - left / total), abs=5e-3)
 
 
 def test_directions_of_fewer_vectors_than_dimensions():
