@@ -90,7 +90,7 @@ def check_reroute(step: Step, mode: dict[str, bool], device: torch.device) -> No
 @st.composite
 def routing_modes(draw: st.DrawFn) -> dict:
     """Ways to launch a policy's kernel."""
-    modes = {name: draw(st.booleans()) for name in ("counted", "left_alone", "differences")}
+    modes = {name: draw(st.booleans()) for name in ("counted", "left_alone", "differences", "ties")}
     return modes | {"dtype": draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))}
 
 
@@ -110,6 +110,10 @@ def check_policy_step(step: PolicyStep, mode: dict, device: torch.device) -> Non
     """One launch gives the reference's ids and weights, `count_step`'s counters and `difference_of`; else nothing changes."""
     roles, info = step_of(step.roles, left_alone=mode["left_alone"])
     step = replace(step, roles=roles, logits=step.logits.to(mode["dtype"]))
+    if mode["ties"]:
+        # Few distinct weights, zeros among them, and logits; but which of equal groups is chosen torch leaves open.
+        logits = step.logits if step.scoring.num_groups > 1 else (step.logits * 2).round() / 2
+        step = replace(step, topk_weights=(step.topk_weights * 8).round() / 8, logits=logits)
     num_tokens = len(step.topk_ids)
     expected_weights, expected_ids = step.expected()
     policy = step.policy()

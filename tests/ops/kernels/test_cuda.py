@@ -196,7 +196,7 @@ def test_no_data_races():
             similarity = torch.rand(num_experts, num_experts, generator=generator)
             step = Step(weights, ids, similarity, roles, primary_top_k=1, threshold=0.3)
             check_reroute(step, dict(in_place=True, counted=True, left_alone=False, neutral=False), CPU)
-        mode = dict(counted=True, left_alone=False, differences=True, dtype=torch.bfloat16)
+        mode = dict(counted=True, left_alone=False, differences=True, ties=False, dtype=torch.bfloat16)
         for policy_step in some_policy_steps():
             check_policy_step(policy_step, mode, CPU)
         for shim in shims.values():
