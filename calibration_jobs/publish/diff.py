@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from sere.calibration_jobs.judge.agreement import agreement
 from sere.calibration_jobs.publish.numbers import reference_errors
-from sere.calibration_jobs.publish.tables import manifest_rows, new_table
+from sere.calibration_jobs.publish.tables import manifest_rows, new_table, table_differences
 from sere.conf.errors import ConfigError
 from sere.pipeline.tracking.artifacts import load_artifact
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def diff(first: str, second: str, *, uri: str | None, console: "Console") -> None:
-    """Print how two artifacts differ: provenance, matrices, decisions, quality.
+    """Print how two artifacts differ: provenance, matrices, decisions, tables, quality.
 
     Raises:
         ConfigError: if they are of models with different layers or experts, or have no metric in common.
@@ -47,6 +47,9 @@ def diff(first: str, second: str, *, uri: str | None, console: "Console") -> Non
             f"{figures[metric]['decision']:.4f}",
         )
     console.print(table)
+    if a.table_names or b.table_names:
+        table = table_differences(a, b)
+        console.print(table if table.row_count else "Tables: the same")
     qualities = [artifact.manifest.get("quality") or {} for artifact in (a, b)]
     errors = [reference_errors(quality) for quality in qualities]
     names = [name for name in errors[0] if name in errors[1]]

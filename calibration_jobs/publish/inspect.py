@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sere.calibration_jobs.publish.pictures import all_pictures
-from sere.calibration_jobs.publish.tables import manifest_rows, new_table, quality_tables
+from sere.calibration_jobs.publish.tables import layer_tables_table, manifest_rows, new_table, quality_tables
 from sere.conf.errors import ConfigError
 from sere.pipeline.tracking.artifacts import load_artifact
 
@@ -30,6 +30,10 @@ def inspect(path_or_uri: str, *, uri: str | None, output: str | None, console: "
     for key, value in manifest_rows(artifact).items():
         table.add_row(key, value)
     console.print(table)
+    if artifact.table_names:
+        console.print(layer_tables_table(artifact))
+    else:
+        console.print("No tables beside similarities: policies that need some are refused (`sere calibrate` makes them).")
     for made in quality_tables(quality):
         console.print(made)
     if not quality.get("held_out"):

@@ -34,6 +34,33 @@ def manifest_rows(artifact: "SimilarityArtifact") -> dict[str, str]:
     return {key: shown(value) for key, value in manifest.items()}
 
 
+def layer_tables_table(artifact: "SimilarityArtifact") -> "Table":
+    """The tables that every layer has beside its similarities, and what they take."""
+    table = new_table(f"Tables of each of {len(artifact.layers)} layers", "table", "type", "shape", "KiB in all layers")
+    for name in artifact.table_names:
+        tensors = [artifact.tables[layer, name] for layer in artifact.layers]
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors) / 2**10
+        table.add_row(name, str(tensors[0].dtype).removeprefix("torch."), str(list(tensors[0].shape)), f"{size:,.1f}")
+    return table
+
+
+def table_differences(a: "SimilarityArtifact", b: "SimilarityArtifact") -> "Table":
+    """How the tables of two artifacts of one model differ; no row where they are the same."""
+    table = new_table("Tables", "different", "A", "B", "layers that differ", "largest difference")
+    for name in dict.fromkeys((*a.table_names, *b.table_names)):
+        if name not in a.table_names or name not in b.table_names:
+            table.add_row(name, *("yes" if name in one.table_names else "no" for one in (a, b)), "", "")
+            continue
+        pairs = [(a.tables[layer, name], b.tables[layer, name]) for layer in a.layers]
+        if any(first.shape != second.shape for first, second in pairs):
+            table.add_row(name, *(str(list(tensor.shape)) for tensor in pairs[0]), str(len(pairs)), "")
+            continue
+        gaps = [(first.double() - second.double()).abs().max().item() for first, second in pairs]
+        if any(gaps):
+            table.add_row(name, "yes", "yes", str(sum(gap > 0 for gap in gaps)), f"{max(gaps):.4g}")
+    return table
+
+
 def quality_tables(quality: Mapping[str, Any]) -> list["Table"]:
     """The figures of a quality record as tables."""
     found = []

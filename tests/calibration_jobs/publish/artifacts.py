@@ -5,7 +5,10 @@ import torch
 from sere.ops.similarity import SimilarityArtifact
 
 
-def artifact(seed: int = 0, *, metrics=("cosine", "cka"), num_experts: int = 6, error: float = 0.2) -> SimilarityArtifact:
+def artifact(
+    seed: int = 0, *, metrics=("cosine", "cka"), num_experts: int = 6, error: float = 0.2, tables=()
+) -> SimilarityArtifact:
+    """`tables`: some of norms and means."""
     generator = torch.Generator().manual_seed(seed)
     matrices = {}
     for layer in (0, 1):
@@ -33,4 +36,11 @@ def artifact(seed: int = 0, *, metrics=("cosine", "cka"), num_experts: int = 6, 
         "data": {"digest": f"data-{seed}"},
         "quality": quality,
     }
-    return SimilarityArtifact(matrices, manifest)
+    if tables:
+        manifest["tables"] = list(tables)
+    made = {}
+    for layer in (0, 1):
+        drawn = torch.rand(num_experts, 5, generator=generator)  # the same whichever are asked for
+        both = {"norms": drawn[:, 0].contiguous(), "means": drawn[:, 1:].bfloat16().contiguous()}
+        made |= {(layer, name): both[name] for name in tables}
+    return SimilarityArtifact(matrices, manifest, made)
