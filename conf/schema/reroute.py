@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,6 +68,8 @@ class RerouteConfig:
     def __post_init__(self) -> None:
         one_of(self, "policy", "metric", "phase")
         at_least(self, 1, "primary_top_k", "min_tokens", "max_tokens")
+        if not math.isfinite(self.primary_top_k):
+            raise ConfigError(f"primary_top_k must be at least 1 and finite, got {self.primary_top_k}")
         if self.weights is not None and self.weights not in (valid := get_args(WeightRule)):
             raise ConfigError(f"weights must be one of {', '.join(valid)}, got {self.weights!r}")
         if not 0 <= self.threshold <= 1:
@@ -172,11 +175,10 @@ def _merged(base: Mapping[str, Any], over: Any) -> Any:
 def _by_index(per_layer: Mapping[Any, Any]) -> dict[int, dict[str, Any]]:
     found = {}
     for layer, values in per_layer.items():
-        try:
-            # JSON has no integer keys.
-            index = int(layer)
-        except (TypeError, ValueError):
-            raise ConfigError(f"per_layer must have layer indices as keys, got {layer!r}") from None
+        # JSON has no integer keys.
+        if not str(layer).isdecimal():
+            raise ConfigError(f"per_layer must have layer indices as keys, got {layer!r}")
+        index = int(layer)
         if not isinstance(values, Mapping):
             raise ConfigError(f"per_layer.{layer} must hold keys and values, got {values!r}")
         for key in values:

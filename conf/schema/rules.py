@@ -54,7 +54,9 @@ class Votes:
         if not 0 < self.benefit <= 100:
             raise ConfigError(f"votes.benefit must be above 0 and at most 100, got {self.benefit}")
         if self.rule == "budget" and self.budget < 1:
-            raise ConfigError(f"votes.budget must be at least 1, the number of experts that stay active, got {self.budget}")
+            raise ConfigError(
+                f"votes.budget must be set, to the number of experts that stay active: at least 1, got {self.budget}"
+            )
 
     def steps(self) -> tuple[tuple[int, float], ...]:
         """S by the least number of decode rows, ascending; the first holds for fewer rows, too."""

@@ -178,6 +178,9 @@ class EngineState:
                 f"model {self._model} has no MoE layer that routes through vLLM's FusedMoERouter: "
                 "remove `sere` from additional_config"
             )
+        unknown = sorted(set(self.config.per_layer) - set(self.layers))
+        if unknown and get_pp_group().world_size == 1:
+            raise ConfigError(f"per_layer.{unknown[0]} names no MoE layer of the model ({sorted(self.layers)}): leave it out")
         for layer in vllm_config.compilation_config.static_forward_context.values():
             if hasattr(layer, ATTRIBUTE):
                 self._complete(layer)

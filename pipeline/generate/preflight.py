@@ -65,10 +65,16 @@ def check_stats_dir(reroute: RerouteConfig | None, storage: Storage) -> None:
 
 def _check_reroute(config: RerouteConfig, facts: ModelFacts) -> None:
     for layer in (None, *config.per_layer):
+        if layer is not None and facts.num_layers is not None and layer >= facts.num_layers:
+            raise ConfigError(f"per_layer.{layer} names no layer: the model has {facts.num_layers} layers, from 0 on")
         votes = config.rules(layer).votes
         most = max(top_k for _, top_k in votes.steps()) if votes.rule == "top" else 1
         if facts.top_k is not None and most > facts.top_k:
             raise ConfigError(f"primary_top_k must be between 1 and the model's top_k ({facts.top_k}), got {most:g}")
+        if votes.rule == "budget" and facts.experts_per_layer is not None and votes.budget > facts.experts_per_layer:
+            raise ConfigError(
+                f"votes.budget must be at most the model's experts ({facts.experts_per_layer}), got {votes.budget}"
+            )
     if config.needs_tables:
         from sere.ops.policies.requirements import check_artifact
         from sere.ops.similarity import SimilarityArtifact

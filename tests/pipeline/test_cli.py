@@ -57,6 +57,11 @@ def generate(run, tmp_path, demo_artifact):
 def test_settings(generate):
     refused(generate("reroute.primary_top_k=9"), "primary_top_k must be between 1 and the model's top_k (8), got 9")
     refused(generate("reroute.primary_top_k=0"), "primary_top_k must be at least 1, got 0")
+    settings = ["reroute.policy=oea", "reroute.similarity=null"]
+    refused(generate(*settings, "reroute.primary_top_k=.nan"), "primary_top_k must be at least 1 and finite, got nan")
+    refused(generate(*settings, "reroute.per_layer={99: {primary_top_k: 4}}"), "per_layer.99", "the model has 4 layers")
+    budget = ["reroute.policy=xshare", "reroute.similarity=null", "reroute.votes={budget: 65}"]
+    refused(generate(*budget), "votes.budget must be at most the model's experts (64), got 65")
     refused(generate("reroute.threshold=1.5"), "threshold must be between 0 and 1, got 1.5")
     refused(generate("reroute.treshold=0.5"), "unknown key 'reroute.treshold'", "did you mean 'threshold'")
     refused(generate("reroute.metric=cka"), "no metric 'cka'")
