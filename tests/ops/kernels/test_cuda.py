@@ -1,32 +1,25 @@
 """The CUDA kernels on the CPU: the same sources, run against the reference under sanitizers (see cuda_on_cpu/cuda.h)."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from sere.ops import op as reroute
 from sere.ops.kernels import cuda
-from sere.ops.kernels.compensating import compensate
 from sere.ops.kernels.counting import COUNTERS
 from sere.ops.kernels.neighbours import sorted_neighbours
 from sere.ops.reference import DECODE, PADDING, reroute_reference
 from tests.examples import examples
 from tests.ops.kernels.kernel_checks import (
     batches,
-    check_compensation,
     check_policy_step,
     check_reroute,
     check_token_roles,
-    compensations,
     modes,
-    routing_modes,
 )
 from tests.ops.kernels.policy_examples import some_policy_steps
 from tests.ops.kernels.shim import SANITIZERS, cuda_on_cpu, needs_compiler
-from tests.ops.strategies import Step, policy_steps, steps
+from tests.ops.strategies import Step, steps
 
 CPU = torch.device("cpu")
 pytestmark = [needs_compiler, pytest.mark.slow]
@@ -43,32 +36,6 @@ def shims():
 @given(step=steps(max_tokens=80, max_experts=200), mode=modes())
 def test_equals_reference(shims, step: Step, mode):
     check_reroute(step, mode, CPU)
-
-
-@settings(in_bounds, max_examples=examples(1200))
-@given(step=policy_steps(), mode=routing_modes())
-def test_every_policy_equals_reference(shims, step, mode):
-    check_policy_step(step, mode, CPU)
-
-
-@settings(in_bounds, max_examples=examples(150))
-@given(step=policy_steps(max_tokens=150, max_experts=512, max_top_k=20), mode=routing_modes())
-def test_every_policy_equals_reference_at_more_sizes(shims, step, mode):
-    check_policy_step(step, mode, CPU)
-
-
-FRACTION = policy_steps(votes={"rule": "top", "primary_top_k": 1.4}, max_top_k=4).filter(
-    lambda step: step.topk_ids.shape[1] > 1
-)
-
-
-@settings(in_bounds, max_examples=examples(40))
-@given(step=FRACTION, mode=routing_modes(), copies=st.integers(10, 60))
-def test_a_fraction_of_more_rows_than_threads(shims, step, mode, copies):
-    """Shares are then compared a block's worth of rows at a time; the copies' are equal."""
-    repeated = ("topk_weights", "topk_ids", "logits", "roles")
-    step = replace(step, **{name: torch.cat([getattr(step, name)] * copies) for name in repeated})
-    check_policy_step(step, mode, CPU)
 
 
 @settings(in_bounds, max_examples=examples(60))
@@ -117,24 +84,6 @@ def test_a_similarity_whose_changes_cannot_be_seen_is_refused(shims):
             reroute._reroute_topk_cuda(weights, ids, similarity.clone(), 1, 0.5, None)
 
 
-@settings(in_bounds, max_examples=examples(150))
-@given(case=compensations())
-def test_compensation(shims, case):
-    check_compensation(case, CPU)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_numbers_of_16_bits_are_rounded_as_torch_rounds_them(shims, dtype):
-    """All of them, and what lies between two: through a layer of one expert, which adds 0 or half a step."""
-    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
-    every = every[every.isfinite()].view(-1, 8)
-    means = torch.full((1, 8), 1.0, dtype=dtype)
-    for lost in (0.0, 2.0**-26, 2.0**-25, 1.0, 3.0, 1000.7):
-        difference = torch.full((len(every), 1), lost)
-        actual = compensate(every, every, difference, means, None, None, share=1.0)
-        assert torch.equal(actual, (every.float() + lost).to(dtype))
-
-
 @settings(in_bounds, max_examples=examples(300))
 @given(batch=batches())
 def test_token_roles(shims, batch):
@@ -144,7 +93,7 @@ def test_token_roles(shims, batch):
 def test_thousands_of_cases_ran(shims):
     """That the tests above did run the kernels, and how often."""
     print(f"{shims.num_launches} launches")
-    assert shims.num_launches > 2500
+    assert shims.num_launches > 1500
 
 
 def test_ids_out_of_range_are_unused_slots(shims):
