@@ -105,8 +105,10 @@ def has_near_ties(step: PolicyStep) -> bool:
     gap, size = ranked.diff(dim=1), ranked[:, 1:].abs()
     # Equal logits have equal scores in every implementation.
     close = (gap > 0) & (gap <= _TIE_ULP * torch.finfo(torch.float32).eps * size)
+    if step.reroute.rules(step.layer).votes.rule != "budget":
+        return bool(close.any())
     points = (scores.double() * UNITS).sum(0).sort().values
-    return bool(close.any()) or bool((points.diff() <= 1e-6 * points[1:]).any())
+    return bool(close.any()) or bool(((points.diff() > 0) & (points.diff() <= 1e-6 * points[1:])).any())
 
 
 def check_policy_step(step: PolicyStep, mode: dict, device: torch.device) -> None:

@@ -7,11 +7,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sere.conf.schema import RerouteConfig
 from sere.ops.kernels.compensating import compensate
+from sere.ops.policies.scoring import Scoring
+from sere.ops.reference import DECODE
 from tests.examples import examples
 from tests.ops.kernels.kernel_checks import check_compensation, check_policy_step, compensations, routing_modes
 from tests.ops.kernels.shim import SANITIZERS, cuda_on_cpu, needs_compiler
-from tests.ops.strategies import policy_steps
+from tests.ops.strategies import PolicyStep, policy_steps
 
 CPU = torch.device("cpu")
 pytestmark = [needs_compiler, pytest.mark.slow]
@@ -37,8 +40,32 @@ COUNTED_TOGETHER = [
 @given(data=st.data(), mode=routing_modes())
 def test_votes_that_depend_on_other_rows_or_slots(shims, votes, data, mode):
     """More cases of each than drawing all rules gives."""
-    whole = policy_steps(max_experts=33, votes=votes).filter(lambda step: step.topk_ids.shape[1] > 1 and step.num_experts > 4)
-    check_policy_step(data.draw(whole), mode, CPU)
+    enough = policy_steps(max_experts=33, max_top_k=6, votes=votes).filter(
+        lambda step: len(step.topk_ids) > 4 and step.topk_ids.shape[1] > 1 and step.num_experts > 4
+    )
+    check_policy_step(data.draw(enough), mode, CPU)
+
+
+@settings(in_bounds, max_examples=examples(30))
+@given(seed=st.integers(0, 2**32 - 1), function=st.sampled_from(["softmax", "sigmoid"]))
+def test_of_equal_experts_the_lowest_is_taken(shims, seed, function):
+    """Of several in one lane, too: few distinct logits and more experts than lanes."""
+    logits = (torch.randn(16, 128, generator=torch.Generator().manual_seed(seed)) * 2).round() / 2
+    scoring = Scoring(function=function)
+    scores, selection = scoring.scores(logits)
+    ids = selection.topk(6).indices
+    step = PolicyStep(
+        reroute=RerouteConfig(policy="oea", primary_top_k=2),
+        topk_weights=scores.gather(1, ids),
+        topk_ids=ids,
+        logits=logits,
+        scoring=scoring,
+        tables={},
+        roles=torch.full((16,), DECODE, dtype=torch.int8),
+        renormalize=True,
+    )
+    mode = dict(counted=True, left_alone=False, differences=True, ties=False, dtype=torch.bfloat16)
+    check_policy_step(step, mode, CPU)
 
 
 @settings(in_bounds, max_examples=examples(800))
