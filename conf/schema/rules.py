@@ -80,6 +80,11 @@ class Targets:
         if not 0 <= self.threshold <= 1:
             raise ConfigError(f"threshold must be between 0 and 1, got {self.threshold}")
 
+    @property
+    def least_similarity(self) -> float:
+        """What a replacement must reach, where targets are found by similarity or something like it."""
+        return self.threshold if self.rule == "similar" else 0.0
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Compensation:
@@ -118,6 +123,16 @@ class Rules:
             raise ConfigError(f"weights 'fold' needs targets 'least_loss', got {targets.rule!r}: set targets.rule=least_loss")
         if targets.rule in ("drop", "drop_unvoted") and votes.rule == "budget" and not votes.first:
             raise ConfigError(f"targets {targets.rule!r} would leave rows without an expert: set votes.first=true")
+
+    def changes_routing(self, top_k: int) -> bool:
+        """Whether there is any step whose routing this policy changes, in a layer of `top_k` slots a row."""
+        votes = self.votes
+        everyone = votes.rule == "top" and all(most >= top_k for _, most in votes.steps())
+        return votes.rule != "all" and not everyone
+
+    def weights_where(self, renormalize: bool | None) -> WeightRule:
+        """The weight rule in a model whose router renormalises its weights, or does not."""
+        return self.weights if self.weights != "router" else "renormalize" if renormalize else "keep"
 
     @property
     def needs_scores(self) -> bool:

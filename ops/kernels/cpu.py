@@ -182,15 +182,12 @@ def compiled_step(
     """
     if layer.top_k > MAX_TOP_K or layer.num_experts > torch.iinfo(torch.int16).max or (found := library()) is None:
         return None
-    weights = rules.weights if rules.weights != "router" else "renormalize" if layer.renormalize else "keep"
-    votes = rules.votes
-    everyone = votes.rule == "top" and all(top_k >= layer.top_k for _, top_k in votes.steps())
+    weights, changes = rules.weights_where(layer.renormalize), rules.changes_routing(layer.top_k)
     by_similarity = rules.targets.rule in ("similar", "random", "least_loss")
-    changes = votes.rule != "all" and not everyone
     neighbours = None
     if changes and by_similarity:
         assert similarity is not None
-        neighbours = sorted_neighbours(similarity, rules.targets.threshold if rules.targets.rule == "similar" else 0.0)
+        neighbours = sorted_neighbours(similarity, rules.targets.least_similarity)
     plan = Plan(
         rules,
         num_experts=layer.num_experts,

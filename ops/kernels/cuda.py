@@ -97,16 +97,14 @@ def launched_step(rules: Rules, layer: Any, similarity: Tensor | None, tables: M
             f"layer {layer.index} has {num_experts} experts and top_k {top_k}, the CUDA kernel takes at most "
             f"{MAX_EXPERTS} and {MAX_TOP_K}: remove `sere` from additional_config"
         )
-    if votes.rule == "all" or (votes.rule == "top" and all(most >= top_k for _, most in votes.steps())):
+    if not rules.changes_routing(top_k):
         return LaunchedStep(num_experts, top_k, None, None)
     if rules.needs_scores and (scoring is None or scoring.num_groups > MAX_GROUPS or num_experts % scoring.num_groups):
         return None
     neighbours = None
     if similarity is not None:
-        neighbours = neighbours_of(similarity, rules.targets.threshold if rules.targets.rule == "similar" else 0.0)
-    weights = rules.weights
-    if weights == "router":
-        weights = "renormalize" if layer.renormalize else "keep"
+        neighbours = neighbours_of(similarity, rules.targets.least_similarity)
+    weights = rules.weights_where(layer.renormalize)
     routing = Routing(
         rules,
         weights=weights,

@@ -9,6 +9,20 @@ from sere.conf.errors import ConfigError
 from sere.conf.schema.rules import Compensation
 
 
+def refuse_rank(rank: int, tables: Mapping[str, Tensor]) -> None:
+    """Refuse a rank above that of a layer's surrogates.
+
+    Raises:
+        ConfigError: with the remedy.
+    """
+    stored = len(tables["surrogate_means"])
+    if rank > stored:
+        raise ConfigError(
+            f"compensation.rank must be at most {stored}, the artifact's surrogate_rank, got {rank}: lower it, or calibrate "
+            f"with surrogate_rank={rank}"
+        )
+
+
 class Compensator:
     """Adds D mu, or D (mu_r + U_r V_r x), to the output of a layer's routed experts, in the units of the routing weights.
 
@@ -24,7 +38,7 @@ class Compensator:
             compensation: mean, or surrogate with a rank of 1 or more.
             tables: means, or surrogate_in, surrogate_out `[num_experts * R, hidden_size]` and surrogate_means.
             device: Where the layer runs.
-            dtype: Of the layer's activations; the tables are kept in bfloat16 or, if it is float32, in that.
+            dtype: Of the layer's activations, in which the tables are kept.
 
         Raises:
             ConfigError: if the artifact has surrogates of a lower rank only, or the CUDA kernels cannot be compiled.
@@ -36,12 +50,8 @@ class Compensator:
             self.means = tables["means"].to(device, dtype).contiguous()
             self._prepare_launches(device)
             return
+        refuse_rank(self.rank, tables)
         stored = len(tables["surrogate_means"])
-        if self.rank > stored:
-            raise ConfigError(
-                f"compensation.rank must be at most {stored}, the artifact's surrogate_rank, got {self.rank}: lower it, or "
-                f"calibrate with surrogate_rank={self.rank}"
-            )
         self.means = tables["surrogate_means"][self.rank - 1].to(device, dtype).contiguous()
         self.inputs, self.outputs = (
             tables[name].unflatten(0, (-1, stored))[:, : self.rank].flatten(0, 1).to(device, dtype).contiguous()

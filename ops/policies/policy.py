@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sere.conf.errors import ConfigError
 from sere.conf.schema import RerouteConfig
-from sere.conf.schema.rules import Rules, WeightRule
+from sere.conf.schema.rules import Rules
 from sere.ops.kernels.counting import count_step
 from sere.ops.policies.scoring import Scoring
 from sere.ops.policies.targets import move, similarity_of
@@ -88,17 +88,13 @@ class Policy:
             }
             found = similarity_of(rules.targets, self._tables, layer.index, layer.num_experts)
             self.similarity = None if found is None else found.to(layer.device)
-        self.weight_rule: WeightRule = rules.weights
-        if rules.weights == "router":
-            self.weight_rule = "renormalize" if layer.renormalize else "keep"
+        self.weight_rule = rules.weights_where(layer.renormalize)
         self.fast = _fast_step(rules, layer, self.similarity, self._tables)
 
     @property
     def changes_routing(self) -> bool:
         """Whether there is any step whose routing this policy changes."""
-        votes = self.rules.votes
-        everyone = votes.rule == "top" and all(top_k >= self.layer.top_k for _, top_k in votes.steps())
-        return votes.rule != "all" and not everyone
+        return self.rules.changes_routing(self.layer.top_k)
 
     def route(self, topk_weights: Tensor, topk_ids: Tensor, router_logits: Tensor, roles: Tensor) -> tuple[Tensor, Tensor]:
         """Change the routing of the decode rows, in torch operations: `sere.ops.reference.route_reference`, on any device.

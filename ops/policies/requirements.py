@@ -2,6 +2,7 @@
 
 from sere.conf.errors import ConfigError
 from sere.conf.schema import RerouteConfig
+from sere.ops.policies.compensation import refuse_rank
 from sere.ops.similarity import SimilarityArtifact
 
 
@@ -29,8 +30,5 @@ def check_artifact(config: RerouteConfig, artifact: SimilarityArtifact) -> None:
                     f"policy {config.policy!r} needs {name}, which the artifact {config.similarity} lacks: calibrate the model "
                     "again with `sere calibrate`, which makes all tables, or choose another policy"
                 )
-        if rules.compensation.rank and rules.compensation.rank > (stored := len(known["surrogate_means"])):
-            raise ConfigError(
-                f"compensation.rank must be at most {stored}, the artifact's surrogate_rank, got {rules.compensation.rank}: "
-                f"lower it, or calibrate with surrogate_rank={rules.compensation.rank}"
-            )
+        if rules.compensation.rank:
+            refuse_rank(rules.compensation.rank, known)

@@ -54,10 +54,9 @@ def move(targets: Targets, step: RoutedStep, ballot: Ballot, similarity: Tensor 
         moved = changeable & ~stays
         return Move(torch.where(moved, _first_active(step, ballot), step.ids), base.masked_fill(moved, 0), moved)
     assert similarity is not None
-    least = targets.threshold if targets.rule == "similar" else 0.0
     # max returns the first, lowest, of equal experts.
     best, replacement = similarity.masked_fill(~ballot.active, -torch.inf).max(dim=1)
-    reroutes = (best >= torch.tensor(least, dtype=torch.float32)) & ~ballot.active
+    reroutes = (best >= torch.tensor(targets.least_similarity, dtype=torch.float32)) & ~ballot.active
     moved = changeable & step.look_up(reroutes)
     return Move(torch.where(moved, step.look_up(replacement), step.ids), base, moved)
 
