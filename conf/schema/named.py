@@ -1,6 +1,6 @@
 """The policies that have a name, each with its source, and how settings override them."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
@@ -62,25 +62,41 @@ PolicyName = Literal[
 ]  # fmt: skip
 
 
-def unused_settings(policy: str) -> set[str]:
-    """Keys of a `RerouteConfig` that a named policy, as it is, does not look at."""
-    named = NAMED[policy]
+_OVERRIDES = ("votes", "targets", "weights", "compensation", "per_layer", "policy_file")
+
+
+def unused_settings(policy: str, set_keys: Iterable[str] = ()) -> set[str]:
+    """Top-level keys of a `RerouteConfig` that a policy does not look at.
+
+    Args:
+        policy: Its name.
+        set_keys: Keys that are set beside it, dotted: those that exchange its rules make others matter.
+    """
     if policy == "none":
-        return {"similarity", "metric", "primary_top_k", "threshold", "phase", "min_tokens", "max_tokens", "seed"}
-    unused = {"similarity", "metric", "threshold", "seed", "primary_top_k"}
-    if named.votes["rule"] == "top":
-        unused -= {"primary_top_k"}
+        dials = {"similarity", "metric", "primary_top_k", "threshold", "seed"}
+        return {*dials, "phase", "min_tokens", "max_tokens", *_OVERRIDES}
+    keys = set(set_keys)
+    if policy not in NAMED or keys & {"policy_file"} or any(key.startswith("per_layer") for key in keys):
+        return set()
+    named, used = NAMED[policy], set[str]()
+    if named.votes["rule"] == "top" or keys & {"votes", "votes.rule"}:
+        used.add("primary_top_k")
     if named.targets == "similar":
-        unused -= {"metric", "threshold"}
+        used |= {"metric", "threshold"}
     if named.targets == "random":
-        unused -= {"seed"}
-    calibrated = (
+        used.add("seed")
+    if any(key.startswith("targets") for key in keys):
+        used |= {"metric", "threshold", "seed", "similarity"}
+    if any(key.startswith(("votes", "compensation")) for key in keys):
+        used.add("similarity")
+    if (
         named.targets in ("similar", "least_loss")
         or named.compensation["rule"] != "none"
         or named.votes.get("score") == "norm"
         or named.votes["rule"] == "share"
-    )
-    return unused - {"similarity"} if calibrated else unused
+    ):
+        used.add("similarity")
+    return {"similarity", "metric", "threshold", "seed", "primary_top_k"} - used
 
 
 def make_rules(

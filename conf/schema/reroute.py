@@ -23,8 +23,9 @@ class RerouteConfig:
 
     policy: PolicyName = "sere"
     """Which experts stay active, where the others' slots go, with which weights, and what is added for what was taken away.
-    none: count only; sere: the paper's; oea: a token's own best active experts; sere_t: those, and compensation; xshare,
-    des_vote, lynx, exfold, naee_skip: other papers'; top_k, random: controls. docs/policies.md compares them."""
+    none: count only, whatever the other keys say; sere: the paper's; oea: a token's own best active experts; sere_t: those, and
+    compensation; xshare, des_vote, lynx, exfold, naee_skip: other papers'; top_k, random: controls. docs/policies.md compares
+    them."""
     similarity: str | None = None
     """Artifact of `sere calibrate`: a path or, for `sere generate`, models:/NAME@ALIAS from the registry in tracking.uri.
     Needed by policies that use anything calibrated: sere, sere_t, exfold, naee_skip."""
@@ -78,6 +79,9 @@ class RerouteConfig:
             # As it is written: settings are compared, and shown, as text.
             object.__setattr__(self, "primary_top_k", int(self.primary_top_k))
         object.__setattr__(self, "per_layer", _by_index(self.per_layer))
+        if self.policy == "none":
+            # Whatever else is said: the baseline of a comparison is made by this one key.
+            return
         if self.policy_file is not None:
             self._refuse_beside_file()
             return
@@ -108,7 +112,7 @@ class RerouteConfig:
         Raises:
             ConfigError: if the file cannot be read, or what it says is wrong.
         """
-        if self.policy_file is None:
+        if self.policy == "none" or self.policy_file is None:
             return self
         try:
             values = json.loads(Path(self.policy_file).read_text())
@@ -130,6 +134,8 @@ class RerouteConfig:
         Raises:
             ConfigError: if a rule, one of its dials, or their combination is wrong.
         """
+        if self.policy == "none":
+            return make_rules("none", dials={}, votes={}, targets={}, weights=None, compensation={})
         assert self.policy_file is None, "resolved() first"
         own = self.per_layer.get(layer, {}) if layer is not None else {}
         dials = {name: own.get(name, getattr(self, name)) for name in ("primary_top_k", "threshold", "metric", "seed")}

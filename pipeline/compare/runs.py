@@ -8,7 +8,7 @@ from typing import Any
 
 from sere.conf.nested import flatten
 from sere.conf.schema import GenerateConfig, RerouteConfig
-from sere.conf.schema.named import NAMED, unused_settings
+from sere.conf.schema.named import unused_settings
 from sere.pipeline.compare.losses import Loss
 
 
@@ -93,13 +93,14 @@ def _label(params: dict[str, str], *, with_similarity: bool) -> tuple[str, str]:
     policy = params.get("reroute.policy", "none")
     if policy == "none":
         return "unmodified", "none"
-    unused = unused_settings(policy) if policy in NAMED else set()
+    overrides = [name for name in sorted(params) if name.startswith(_OVERRIDES)]
+    unused = unused_settings(policy, (name.removeprefix("reroute.") for name in overrides))
     parts = [policy if "primary_top_k" in unused else f"{policy} S={params['reroute.primary_top_k']}"]
     if "threshold" not in unused:
         parts.append(f"{params['reroute.metric']} rho={float(params['reroute.threshold']):g}")
     if with_similarity and "similarity" not in unused:
         parts.append(params["reroute.similarity"])
-    parts += [f"{name.removeprefix('reroute.')}={params[name]}" for name in sorted(params) if name.startswith(_OVERRIDES)]
+    parts += [f"{name.removeprefix('reroute.')}={params[name]}" for name in overrides]
     if params.get("reroute.weights", "None") != "None":
         parts.append(f"weights={params['reroute.weights']}")
     for field in dataclasses.fields(RerouteConfig):
@@ -117,7 +118,7 @@ def rows_of(runs: list[dict[str, Any]]) -> list[Row]:
     used = {
         run["params"].get("reroute.similarity")
         for run in runs
-        if (policy := run["params"].get("reroute.policy")) in NAMED and "similarity" not in unused_settings(policy)
+        if "similarity" not in unused_settings(run["params"].get("reroute.policy", "none"))
     }
     latest: dict[tuple[Any, ...], Row] = {}
     for run in runs:

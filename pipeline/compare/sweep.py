@@ -14,7 +14,7 @@ from sere.conf.errors import ConfigError
 from sere.conf.load import load_config
 from sere.conf.nested import digest_of, flatten
 from sere.conf.schema import GenerateConfig, SweepConfig
-from sere.conf.schema.named import NAMED, unused_settings
+from sere.conf.schema.named import unused_settings
 from sere.pipeline.compare.report import compare
 from sere.pipeline.generate.driver import generate
 from sere.pipeline.generate.summary import print_summary
@@ -48,6 +48,13 @@ def _name(settings: dict[str, Any]) -> str:
     return ",".join(parts)
 
 
+def _without_unused(point: dict[str, Any], policy: str, keys: set[str]) -> dict[str, Any]:
+    """A point without the settings that its policy does not look at, given all keys that are set for it."""
+    own = {key: key.removeprefix("reroute.") for key in keys if key.startswith("reroute.")}
+    unused = unused_settings(policy, own.values())
+    return {key: value for key, value in point.items() if own.get(key, "").split(".")[0] not in unused}
+
+
 def expand(config: SweepConfig) -> list[Point]:
     """The grid's configurations in its order, each after the unmodified model it is compared with.
 
@@ -68,8 +75,7 @@ def expand(config: SweepConfig) -> list[Point]:
         settings = dict(zip(grid, values, strict=True))
         for policy in ("none", settings.get("reroute.policy") or ""):
             point = {**settings, **({"reroute.policy": policy} if policy else {})}
-            ignored = {f"reroute.{name}" for name in (unused_settings(policy) if policy in NAMED else ())}
-            point = {key: value for key, value in point.items() if key not in ignored}
+            point = _without_unused(point, policy, {*point, *flatten(config.overrides)})
             name = _name({"reroute.policy": policy, **point}).strip(",")
             if found.get(name, point) != point:
                 # Values that differ only in what a file's name cannot have.

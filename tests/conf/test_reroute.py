@@ -40,6 +40,15 @@ def test_overrides_and_layers():
     assert RerouteConfig.from_dict(json.loads(json.dumps(anew.to_dict()))) == anew
 
 
+def test_none_is_the_unmodified_model_whatever_else_is_said(tmp_path):
+    """`reroute.policy=none` over a file that overrides rules: the baseline of every comparison."""
+    said = dict(votes={"rule": "mass"}, compensation={"rule": "mean"}, per_layer={1: {"primary_top_k": 1}}, weights="half")
+    for values in (said, {"policy_file": str(tmp_path / "p.json")}):
+        found = config(policy="none", **values).resolved()
+        assert found.rules(0) == found.rules(1) == config(policy="none").rules() and not found.needs_tables
+        assert not found.rules(1).changes_routing(8)
+
+
 def test_rank_0_is_the_mean():
     surrogate = config(policy="sere_t", similarity="x", compensation={"rank": 2})
     assert surrogate.rules().compensation == Compensation(rule="surrogate", rank=2)

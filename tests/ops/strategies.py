@@ -188,7 +188,7 @@ def policy_steps(
         targets["threshold"] = draw(st.sampled_from([0.0, 0.3, 0.5, 0.7]))
     return PolicyStep(
         reroute=RerouteConfig(
-            policy="none", similarity="x", votes=rules, targets=targets, weights=draw(st.sampled_from(weight_rules))
+            policy="oea", similarity="x", votes=rules, targets=targets, weights=draw(st.sampled_from(weight_rules))
         ),
         topk_weights=weights,
         topk_ids=ids.to(draw(st.sampled_from([torch.int32, torch.int64]))),

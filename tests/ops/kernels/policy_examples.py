@@ -28,7 +28,7 @@ def some_policy_steps() -> Iterator[PolicyStep]:
         scores, selection = scoring.scores(logits)
         ids = selection.topk(4).indices
         yield PolicyStep(
-            reroute=RerouteConfig(policy="none", similarity="x", votes=rules, targets={"rule": target}, weights=weights),
+            reroute=RerouteConfig(policy="oea", similarity="x", votes=rules, targets={"rule": target}, weights=weights),
             topk_weights=scores.gather(1, ids),
             topk_ids=ids.int(),
             logits=logits,

@@ -34,7 +34,7 @@ def test_equals_the_reference(step: PolicyStep, rank, seed):
     before = step.reroute
     compensation = {"rule": "surrogate", "rank": rank}
     config = RerouteConfig(
-        policy="none",
+        policy="oea",
         similarity="x",
         votes=before.votes,
         targets=before.targets,

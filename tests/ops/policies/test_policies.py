@@ -82,7 +82,7 @@ def test_where_all_slots_vote_nothing_changes(step: PolicyStep):
     assert torch.equal(weights, step.topk_weights) and torch.equal(ids, step.topk_ids)
     # By the rules themselves, too, not only by the short way out.
     everyone = {"rule": "top", "primary_top_k": step.topk_ids.shape[1]}
-    config = RerouteConfig(policy="none", similarity="x", votes=everyone, targets=step.reroute.targets)
+    config = RerouteConfig(policy="oea", similarity="x", votes=everyone, targets=step.reroute.targets, weights="keep")
     scores, selection = step.scoring.scores(step.logits)
     weights, ids = route_reference(
         config, step.topk_weights, step.topk_ids, scores, selection=selection, tables=step.tables, roles=step.roles
@@ -94,7 +94,7 @@ def test_where_all_slots_vote_nothing_changes(step: PolicyStep):
 @settings(max_examples=examples(200), deadline=None)
 @given(step=policy_steps())
 def test_own_keeps_voted_experts_repeats_none_and_fills_up(step: PolicyStep):
-    config = RerouteConfig(policy="none", similarity="x", votes=step.reroute.votes, targets={"rule": "own"})
+    config = RerouteConfig(policy="oea", similarity="x", votes=step.reroute.votes, targets={"rule": "own"}, weights="keep")
     policy = Policy(config, step.info(), step.tables)
     weights, ids = policy.route(step.topk_weights, step.topk_ids, step.logits, step.roles)
     _, selection = step.scoring.scores(step.logits)

@@ -41,6 +41,14 @@ def test_each_batch_size_has_its_own_baseline():
     assert [name for name in names if name.startswith("none")] == ["none,max_num_seqs=4", "none,max_num_seqs=16"]
 
 
+def test_overridden_rules_keep_what_they_look_at_and_the_baseline_has_none():
+    grid = ["grid.reroute.policy=[top_k]", "grid.reroute.targets=[{rule: similar}]", "grid.reroute.primary_top_k=[1]"]
+    found = {point.config.reroute.threshold for point in points(*grid) if point.config.reroute.policy == "top_k"}
+    assert found == {0.0, 0.5}
+    (baseline,) = [point.config for point in points(*grid) if point.config.reroute.policy == "none"]
+    assert not baseline.reroute.rules().changes_routing(8)
+
+
 def test_overrides_reach_every_run():
     found = points("overrides.num_rows=7", "overrides.engine.engine_kwargs={seed: 3}")
     assert all(point.config.num_rows == 7 and point.config.engine.engine_kwargs == {"seed": 3} for point in found)
