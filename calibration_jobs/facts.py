@@ -36,9 +36,9 @@ class JobFacts:
         return Path(self.config.output)
 
 
-def tables_of(job: JobFacts) -> tuple[str, ...]:
+def tables_of(config: CalibrateConfig, folder: JobFolder) -> tuple[str, ...]:
     """The tables that a job makes: those that are asked for, unless it was begun when there were none."""
-    return tuple(job.folder.kept.get("tables", job.config.tables))
+    return tuple(folder.kept.get("tables", config.tables))
 
 
 @dataclass(frozen=True)

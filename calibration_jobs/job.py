@@ -26,6 +26,7 @@ from sere.calibration_jobs.tables.base import table_specs
 from sere.calibration_jobs.texts import RowRemark, read_rows
 from sere.calibration_jobs.workers.model import inspect_model, load_tokenizer
 from sere.calibration_jobs.workers.results import Results
+from sere.calibration_jobs.workers.room import refuse_full_disk, result_bytes
 from sere.calibration_jobs.workers.runner import TaskRunner
 from sere.calibration_jobs.workers.task import LayerTensors, Task
 from sere.conf.errors import ConfigError
@@ -89,6 +90,9 @@ def calibrate(config: CalibrateConfig, *, ray_address: str | None = None) -> Cal
         finished = storage.get_json(FINISHED)
         if finished and finished["key"] == key and output.is_file() and files_digest([output]) == finished["file"]:
             return Calibration(output, name, finished["version"], finished["promoted"], was_finished=True)
+        num_left = len(plan.shards) - sum(name.startswith(f"{RESULTS}/shard-") for name in storage.sizes(RESULTS))
+        size = result_bytes(config, model, tables=tables_of(config, folder), num_domains=len(plan.domains))
+        refuse_full_disk(storage, size, max(0, num_left))
         storage.put(REMARKS, "".join(json.dumps(dataclasses.asdict(remark)) + "\n" for remark in remarks).encode())
         runner = TaskRunner(config, Results(storage, folder.digest), block_tokens=model.block_tokens, ray_address=ray_address)
         with _run_of(config, storage, key) as tracker, runner as tasks:
@@ -146,7 +150,7 @@ def _similarities(job: JobFacts, tasks: TaskRunner, tracker: NullTracker) -> Sim
     """Everything that is calibrated: from the shards, and from the weights."""
     metrics = job.config.metrics
     found = Similarities({})
-    if set(metrics) != {"weights"} or tables_of(job):
+    if set(metrics) != {"weights"} or tables_of(job.config, job.folder):
         found = _calibrate_shards(job, tasks, tracker)
     if "weights" in metrics:
         ((_, result),) = tasks.run([Task("weights", "weights", ())], "Comparing weights")
@@ -157,7 +161,7 @@ def _similarities(job: JobFacts, tasks: TaskRunner, tracker: NullTracker) -> Sim
 
 def _directions(job: JobFacts, tasks: TaskRunner) -> Mapping[str, Any] | None:
     """On which directions surrogates see inputs and outputs; None: as they are."""
-    if "surrogates" not in tables_of(job) or job.model.hidden_size <= job.config.surrogate_directions:
+    if "surrogates" not in tables_of(job.config, job.folder) or job.model.hidden_size <= job.config.surrogate_directions:
         return None
     rows = [row for shard in job.plan.shards for row in shard.rows]
     ends = itertools.accumulate(len(row.tokens) for row in rows)
@@ -169,7 +173,7 @@ def _directions(job: JobFacts, tasks: TaskRunner) -> Mapping[str, Any] | None:
 
 def _calibrate_shards(job: JobFacts, tasks: TaskRunner, tracker: NullTracker) -> Similarities:
     """All shards' sums, merged in order."""
-    plan, tables, directions = job.plan, tables_of(job), _directions(job, tasks)
+    plan, tables, directions = job.plan, tables_of(job.config, job.folder), _directions(job, tasks)
     specs = table_specs(dict.fromkeys(job.model.layers, job.model.num_experts), job.config.surrogate_rank, directions)
     merged, in_order = MergedSums(specs), InOrder(plan.shards)
     growth: list[dict[str, Any]] = []

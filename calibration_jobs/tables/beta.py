@@ -6,7 +6,7 @@ from torch import Tensor
 from sere.calibration_jobs.capture.experts import TokenBlock
 from sere.calibration_jobs.tables.base import TableSums
 
-_BINS = 4096
+NUM_BINS = 4096
 
 
 class RatioCounts(TableSums):
@@ -15,10 +15,10 @@ class RatioCounts(TableSums):
     def update(self, block: TokenBlock) -> None:
         ranked = block.topk_weights.float().sort(dim=1, descending=True).values
         ratios = (ranked[:, 1:] / ranked[:, :1].clamp(min=1e-30)).clamp(0, 1).flatten()
-        self.add("counts", torch.histc(ratios.cpu(), bins=_BINS, min=0, max=1))
+        self.add("counts", torch.histc(ratios.cpu(), bins=NUM_BINS, min=0, max=1))
 
     def finalize(self) -> dict[str, Tensor]:
         counts = self.sums["counts"].cumsum(0)
         # With one slot a row there is no ratio: every row keeps what it has.
         place = int(torch.searchsorted(counts, counts[-1] / 2)) if counts[-1] > 0 else 0
-        return {"beta": torch.tensor([(place + 0.5) / _BINS], dtype=torch.float32)}
+        return {"beta": torch.tensor([(place + 0.5) / NUM_BINS], dtype=torch.float32)}

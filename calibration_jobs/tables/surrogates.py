@@ -138,6 +138,11 @@ def leading_directions(values: Tensor, number: int) -> Tensor:
     return torch.linalg.qr(directions).Q.T.float().contiguous()
 
 
+def num_output_directions(rank: int) -> int:
+    """On how many directions the outputs of an expert of a wide model are seen: some more than the surrogate will have."""
+    return max(8, 4 * rank)
+
+
 def predicted_directions(sums: SurrogateSums, number: int) -> Tensor:
     """The directions of each expert's outputs that can be predicted best from its inputs, orthonormal.
 

@@ -27,7 +27,12 @@ from sere.calibration_jobs.metrics.weights import weight_similarity
 from sere.calibration_jobs.shards import TokenRow
 from sere.calibration_jobs.tables import TABLE_CLASSES
 from sere.calibration_jobs.tables.base import table_specs
-from sere.calibration_jobs.tables.surrogates import SurrogateSums, leading_directions, predicted_directions
+from sere.calibration_jobs.tables.surrogates import (
+    SurrogateSums,
+    leading_directions,
+    num_output_directions,
+    predicted_directions,
+)
 from sere.calibration_jobs.workers.model import load_model
 from sere.calibration_jobs.workers.offload import offload_folder
 from sere.calibration_jobs.workers.results import Result
@@ -77,7 +82,7 @@ class CalibrationWorker:
 
         def finish() -> None:
             for layer, sums in at_work.items():
-                found[f"{layer}.outputs"] = predicted_directions(sums, max(8, 4 * rank))
+                found[f"{layer}.outputs"] = predicted_directions(sums, num_output_directions(rank))
             at_work.clear()
 
         def observe(layer: int, block: TokenBlock) -> None:

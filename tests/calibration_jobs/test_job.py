@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlflow
 import pytest
@@ -12,8 +13,9 @@ import torch
 from sere.calibration_jobs.capture.batches import pad_rows
 from sere.calibration_jobs.job import Calibration, calibrate
 from sere.calibration_jobs.workers.model import load_model
+from sere.calibration_jobs.workers.room import result_bytes
 from sere.conf.errors import ConfigError
-from sere.conf.schema import JudgeConfig, TrackingConfig
+from sere.conf.schema import CalibrateConfig, JudgeConfig, TrackingConfig
 from sere.ops.similarity import SimilarityArtifact
 from sere.ops.similarity_checks import TABLES
 from tests.calibration_jobs.conftest import config_of
@@ -69,6 +71,25 @@ def test_any_number_of_workers_gives_the_same(plain_job, not_judged, tmp_path):
         assert all(torch.equal(matrix, other.matrices[key]) for key, matrix in first.matrices.items())
 
 
+def assert_as_large_as_said(file, **changes):
+    """What is asked of the disk before a job begins is what its results take."""
+    config = dataclasses.replace(
+        CalibrateConfig(model="m", data="d", output="o", judge=JudgeConfig(held_out_rows=0)), **changes
+    )
+    facts = SimpleNamespace(layers=(0, 1), num_experts=8, hidden_size=32)
+    said = result_bytes(config, facts, tables=config.tables, num_domains=2)
+    size = (file.parent / "calibration" / "results" / "shard-000000.safetensors").stat().st_size
+    # Names, shapes and the checksum aside.
+    assert said < size < said + 15_000
+
+
+def test_what_results_take_is_known_before(plain_job, not_judged, monkeypatch, tmp_path):
+    assert_as_large_as_said(plain_job.file)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=9_000_000))
+    with pytest.raises(ConfigError, match=r"the results of \d+ shards take .* GB in .*shard_rows"):
+        calibrate(not_judged(output=str(tmp_path / "full" / "similarity.safetensors"), shard_rows=1))
+
+
 def test_a_model_wider_than_the_directions_of_its_surrogates(not_judged, tmp_path):
     """Whatever the number of workers, and with sums that do not grow with the hidden size squared."""
     jobs = [
@@ -88,6 +109,7 @@ def test_a_model_wider_than_the_directions_of_its_surrogates(not_judged, tmp_pat
     assert set(first.table_names) == {"means", "surrogate_in", "surrogate_out", "surrogate_means"}
     assert all(torch.equal(table, other.tables[key]) for key, table in first.tables.items())
     assert first.tables[1, "surrogate_in"].shape == (16, 32) and first.manifest["num_tokens"] > 1000
+    assert_as_large_as_said(jobs[0].file, surrogate_directions=12, metrics=("weights",), tables=("means", "surrogates"))
     explained = first.manifest["surrogate_explained"]
     assert explained[0] == pytest.approx(0, abs=1e-6) and 0 < explained[1] < explained[2] < 1
     # What is explained is a share of all variance, not of that in the directions alone.
