@@ -127,7 +127,6 @@ def bench_shape(
     oea = RerouteConfig(policy="oea", primary_top_k=primary_top_k)
     own = Policy(oea, LayerInfo(device=device, **info))
     own_weights, own_ids = [torch.empty_like(tensor) for tensor in weights], [torch.empty_like(tensor) for tensor in ids]
-
     routed: list[Tensor | None] = [None] * NUM_LAYERS
 
     def route_own(launched: bool) -> None:
@@ -135,8 +134,7 @@ def bench_shape(
             own_weights[layer].copy_(weights[layer])
             own_ids[layer].copy_(ids[layer])
             if launched:
-                arguments = own_weights[layer], own_ids[layer], logits[layer], roles
-                routed[layer] = own.route_and_count(*arguments, step=step)[1]
+                routed[layer] = own.route_and_count(own_weights[layer], own_ids[layer], logits[layer], roles, step=step)[1]
 
     ways = {
         "kernel": (lambda: launch(False), new_ids),
@@ -155,15 +153,12 @@ def bench_shape(
                 )
     route_own(True)
     torch_own = Policy(oea, LayerInfo(device=torch.device("cpu"), **info))
-    for layer, ((drawn_weights, drawn_ids, _, drawn_logits), found) in enumerate(zip(layers, routed, strict=True)):
-        _, wanted = torch_own.route(drawn_weights, drawn_ids, drawn_logits, roles.cpu())
-        if found is None or not torch.equal(found.cpu(), wanted):
-            raise SystemExit(
-                f"own targets differ from torch's at T={num_tokens} E={num_experts}, layer {layer}: nothing is timed"
-            )
-    times = {name: time_graph(run, repeats) for name, (run, _) in ways.items()}
-    times["own and copies"] = time_graph(partial(route_own, True), repeats)
-    return times | {"copies": time_graph(partial(route_own, False), repeats)}
+    for layer, (drawn, found) in enumerate(zip(layers, routed, strict=True)):
+        if found is None or not torch.equal(found.cpu(), torch_own.route(*drawn[:2], drawn[3], roles.cpu())[1]):
+            raise SystemExit(f"own targets are wrong at T={num_tokens} E={num_experts}, layer {layer}: nothing is timed")
+    timed = {name: run for name, (run, _) in ways.items()}
+    timed |= {"own and copies": partial(route_own, True), "copies": partial(route_own, False)}
+    return {name: time_graph(run, repeats) for name, run in timed.items()}
 
 
 def bench_gpu(repeats: int) -> dict[str, Any]:
@@ -281,8 +276,8 @@ def main() -> None:
     parser.add_argument("--out", type=report_path, help="write OUT.json and OUT.md")
     for name, default in (("tokens", 64), ("experts", 128), ("top-k", 8), ("primary-top-k", 2)):
         parser.add_argument(f"--{name}", type=positive, default=default, help="CPU only")
-    parser.add_argument("--hidden", type=positive, default=2048, help="CPU only: of the layer beside it")
-    parser.add_argument("--intermediate", type=positive, default=768, help="CPU only: of the layer beside it")
+    for name, default in (("hidden", 2048), ("intermediate", 768)):
+        parser.add_argument(f"--{name}", type=positive, default=default, help="CPU only: of the layer beside it")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no GPU")
