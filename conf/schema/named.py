@@ -39,12 +39,14 @@ class Named:
 
 
 _TOP = {"rule": "top"}
+# With a bias the router's own order loses less than that of weights (docs/benchmarks/policies.md); without, they are one.
+_TOP_RANKED = {"rule": "top", "order": "selection"}
 _WEIGHT, _NORM = {"rule": "budget", "score": "weight"}, {"rule": "budget", "score": "norm"}
 NAMED: dict[str, Named] = {
     "none": Named(votes={"rule": "all"}, targets="drop_unvoted", weights="keep"),
     "sere": Named(votes=_TOP, targets="similar", weights="keep"),  # arXiv 2602.07616
-    "oea": Named(votes=_TOP, targets="own", weights="renormalize"),  # 2511.02237
-    "sere_t": Named(votes=_TOP, targets="own", weights="half", compensation={"rule": "surrogate", "rank": 0}),  # ours
+    "oea": Named(votes=_TOP_RANKED, targets="own", weights="renormalize"),  # 2511.02237
+    "sere_t": Named(votes=_TOP_RANKED, targets="own", weights="half", compensation={"rule": "surrogate", "rank": 0}),  # ours
     "xshare": Named(
         votes={"rule": "budget", "score": "probability", "first": True}, targets="own", weights="renormalize"
     ),  # 2602.07265

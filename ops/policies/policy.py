@@ -4,7 +4,7 @@ It sees tensors of fixed shape and keeps no state between steps, so the same cod
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -78,7 +78,7 @@ class Policy:
             ConfigError: if the layer, or what is known of it, does not allow this policy.
         """
         self.config, self.layer = config, layer
-        self.rules = rules = config.rules(layer.index)
+        self.rules = rules = _simplest(config.rules(layer.index), layer)
         known = dict(tables or {})
         _refuse(config.policy, rules, layer, known)
         with torch.inference_mode(False):
@@ -166,6 +166,13 @@ class Policy:
         moved = move(self.rules.targets, step, ballot, self.similarity)
         weights = weigh(self.weight_rule, step, moved, self._tables.get("folds"))
         return weights, moved.ids, ballot.active
+
+
+def _simplest(rules: Rules, layer: LayerInfo) -> Rules:
+    """The same rules, without reading scores where weights say as much: they rank alike unless there is a bias."""
+    if rules.votes.order == "selection" and layer.scoring is not None and layer.scoring.bias is None:
+        return replace(rules, votes=replace(rules.votes, order="weight"))
+    return rules
 
 
 def _refuse(policy: str, rules: Rules, layer: LayerInfo, known: Mapping[str, Tensor]) -> None:

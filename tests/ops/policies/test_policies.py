@@ -1,10 +1,12 @@
 """Every policy: the torch operations against the reference, and what makes each rule what it is."""
 
+import dataclasses
 from typing import get_args
 
 import pytest
 import torch
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from sere.conf.errors import ConfigError
 from sere.conf.schema import RerouteConfig
@@ -51,6 +53,27 @@ def test_equals_the_reference(step: PolicyStep):
     assert torch.equal(ids, expected_ids) and ids.dtype == step.topk_ids.dtype
     torch.testing.assert_close(weights, expected_weights, rtol=1e-6, atol=0)
     assert torch.equal(step.topk_weights, before[0]) and torch.equal(step.topk_ids, before[1])
+
+
+@settings(max_examples=examples(150), deadline=None)
+@given(step=policy_steps(), name=st.sampled_from(sorted(NAMED)), data=st.data())
+def test_every_name_equals_the_reference(step: PolicyStep, name, data):
+    votes = {"budget": data.draw(st.integers(1, step.num_experts))} if NAMED[name].votes["rule"] == "budget" else {}
+    top_k = data.draw(st.integers(1, step.topk_ids.shape[1]))
+    reroute = RerouteConfig(
+        policy=name, similarity="x", votes=votes, primary_top_k=top_k, threshold=0.0, compensation={"rule": "none"}
+    )
+    named = dataclasses.replace(step, reroute=reroute)
+    weights, ids = named.policy().route(step.topk_weights, step.topk_ids, step.logits, step.roles)
+    expected_weights, expected_ids = named.expected()
+    assert torch.equal(ids, expected_ids)
+    torch.testing.assert_close(weights, expected_weights, rtol=1e-6, atol=0)
+
+
+def test_scores_are_read_to_rank_by_only_where_there_is_a_bias():
+    biased = Scoring(function="sigmoid", bias=torch.linspace(-1, 1, 64))
+    assert make("oea", scoring=biased).rules.votes.order == "selection"
+    assert make("oea").rules.votes.order == "weight"
 
 
 @settings(max_examples=examples(200), deadline=None)
