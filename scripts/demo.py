@@ -14,11 +14,12 @@ from sere.pipeline.cli import main as sere
 FOLDER = Path("runs/demo")
 URI = f"sqlite:///{FOLDER}/mlflow.db"
 EXPERIMENT = "sere-demo"
-# The recommended policy at two dials; at one of them the paper's policy, and dropping instead of re-routing.
+# The recommended policy at two dials; at one of them that with surrogates, the paper's, and dropping instead of re-routing.
 CONFIGURATIONS = {
     "unmodified": "reroute.policy=none",
-    "sere_t-s3": "reroute.policy=sere_t reroute.primary_top_k=3",
-    "sere_t-s2": "reroute.policy=sere_t reroute.primary_top_k=2",
+    "oea-s3": "reroute.policy=oea reroute.primary_top_k=3",
+    "oea-s2": "reroute.policy=oea reroute.primary_top_k=2",
+    "sere_t-s2": "reroute.policy=sere_t reroute.primary_top_k=2 reroute.compensation.rank=2",
     "sere-s2": "reroute.policy=sere reroute.primary_top_k=2",
     "top_k-s2": "reroute.policy=top_k reroute.primary_top_k=2",
 }

@@ -109,7 +109,8 @@ def test_looking_at_versions(calibrated, folder):
 
 
 def test_generation_and_comparison(calibrated, rows, folder):
-    settings = ["reroute.primary_top_k=2", f"reroute.stats_dir={folder}/stats", "engine.num_replicas=2", "batch_size=16"]
+    settings = ["reroute.policy=sere_t", "reroute.primary_top_k=2", "reroute.compensation.rank=2", "batch_size=16"]
+    settings += [f"reroute.stats_dir={folder}/stats", "engine.num_replicas=2", f"reroute.similarity={calibrated}"]
     result = generate(folder, "sere", *settings)
     assert [row["id"] for row in result.to_pylist()] == [row["id"] for row in rows], "every row, in order"
     for expected, row in zip(rows, result.to_pylist(), strict=True):
@@ -141,7 +142,7 @@ def test_generation_and_comparison(calibrated, rows, folder):
         assert sum(layer.counts["decode_rows"] for layer in counted if layer.layer == number) == decoded
 
     table = sere("compare", "e", "--uri", f"sqlite:///{folder}/ml.db", "--output", str(folder / "out"))
-    assert "unmodified" in table and "sere_t S=2" in table
+    assert "unmodified" in table and "sere_t S=2, compensation.rank=2" in table
     assert (folder / "out" / "compare.csv").is_file() and (folder / "out" / "compare.png").is_file()
 
 
@@ -154,6 +155,7 @@ def test_refusal_inside_an_engine_is_one_line(calibrated, folder):
     tables = {key: table for key, table in whole.tables.items() if key[0] != 2}
     SimilarityArtifact(matrices, {**whole.manifest, "layers": [0, 1, 3]}, tables).save(folder / "partial.safetensors")
     settings = [f"output={folder}/refused", "tracking.uri=''", f"reroute.similarity={folder}/partial.safetensors"]
+    settings.append("reroute.policy=sere")
     error = sere("generate", "conf/generate.yaml", *settings, status=2)
     assert "sere: the artifact has no matrix for layer 2: it has [0, 1, 3]" in error.splitlines()[-1]
     assert "Traceback" not in error
