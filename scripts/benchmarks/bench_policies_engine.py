@@ -92,11 +92,10 @@ def main() -> None:
     chosen = [variant for variant in variants(arguments.top_k) if arguments.only in variant.family]
     rows = fresh_tasks(arguments.rows)
     arguments.folder.mkdir(parents=True, exist_ok=True)
-    data = arguments.folder / "prompts.parquet"
-    pq.write_table(
-        pa.Table.from_pylist([{"id": f"{n:06d}", "prompt": p, "reference": a, "task": t} for n, (t, p, a) in enumerate(rows)]),
-        data,
-    )
+    data, other_order = (arguments.folder / f"{name}.parquet" for name in ("prompts", "other-order"))
+    prompts = [{"id": f"{n:06d}", "prompt": p, "reference": a, "task": t} for n, (t, p, a) in enumerate(rows)]
+    pq.write_table(pa.Table.from_pylist(prompts), data)
+    pq.write_table(pa.Table.from_pylist(prompts[::-1]), other_order)
     emulated = figures_of_tasks(arguments.model, arguments.artifact, rows, chosen, batch_size=arguments.batch_size)
     base = generate(arguments.folder / "unmodified", data, arguments, {"policy": "none"})
     lines = [
@@ -111,6 +110,13 @@ def main() -> None:
         "| loss in points: engine (95%) | emulated (95%) |",
         "|---|---|---|---|---|---|---|",
     ]
+    # The unmodified model with other rows beside each: what a difference of nothing looks like.
+    null = generate(arguments.folder / "other-order", other_order, arguments, {"policy": "none"})
+    loss, low, high = loss_of(null["matches"], base["matches"])
+    actives = [_active(null["counts"], prefix, "after") for prefix in ("pure_", "")]
+    lines.append(
+        f"| unmodified, rows in reverse | | {actives[0]:.1f} | | {actives[1]:.1f} | {loss:.2f} [{low:.2f}, {high:.2f}] | |"
+    )
     found = []
     for variant, expected in zip(chosen, emulated[1:], strict=True):
         values = variant.reroute.to_dict()
