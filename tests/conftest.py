@@ -20,6 +20,13 @@ os.environ.update(
 )
 
 import pytest
+from hypothesis import settings
+
+from tests.examples import FACTOR
+
+# The same cases in every run, so that what is red is the change; `make test-long` draws others, and more.
+settings.register_profile("sere", derandomize=FACTOR == 1, deadline=None, print_blob=True)
+settings.load_profile("sere")
 
 # Shells ignore Ctrl-C in what they start in the background, and so would the processes that tests send it to.
 signal.signal(signal.SIGINT, signal.default_int_handler)

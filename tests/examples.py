@@ -2,9 +2,9 @@
 
 import os
 
-_FACTOR = int(os.environ.get("SERE_EXAMPLES", "1"))
+FACTOR = int(os.environ.get("SERE_EXAMPLES", "1"))
 
 
 def examples(number: int) -> int:
     """The number of cases of a test that usually draws `number`."""
-    return number * _FACTOR
+    return number * FACTOR

@@ -18,6 +18,7 @@ from typing import Any
 import pyarrow as pa
 
 from sere.conf.errors import ConfigError
+from sere.conf.schema import RerouteConfig
 from sere.pipeline.generate.identity import SIMILARITY
 from sere.pipeline.generate.replica.answers import Answer, answer_table
 from sere.pipeline.generate.replica.engine import ReplicaEngine, why_not_started
@@ -84,7 +85,7 @@ class Replica:
         if sere is not None:
             self._stats_dir = Path(sere["stats_dir"] or self._scratch) / self._spec.name
             sere = {**sere, "stats_dir": str(self._stats_dir)}
-            if sere["policy"] == "sere":
+            if RerouteConfig.from_dict(sere).needs_tables:
                 sere["similarity"] = str(self._fetch(SIMILARITY))
             arguments["additional_config"] = {**arguments["additional_config"], "sere": sere}
         return arguments
