@@ -115,12 +115,14 @@ def check_policy_step(step: PolicyStep, mode: dict, device: torch.device) -> Non
     """One launch gives the reference's ids and weights, `count_step`'s counters and `difference_of`; else nothing changes."""
     roles, info = step_of(step.roles, left_alone=mode["left_alone"])
     step = replace(step, roles=roles, logits=step.logits.to(mode["dtype"]))
-    # Without a bias weights rank as selection scores do; rounded apart they would not.
-    alike = step.reroute.rules(step.layer).votes.order == "selection" and step.scoring.bias is None
-    if mode["ties"] and not alike:
+    if mode["ties"]:
         # Few distinct weights, zeros among them, and logits; but which of equal groups is chosen torch leaves open.
         logits = step.logits if step.scoring.num_groups > 1 else (step.logits * 2).round() / 2
         step = replace(step, topk_weights=(step.topk_weights * 8).round() / 8, logits=logits)
+    if step.reroute.rules(step.layer).votes.order == "selection" and step.scoring.bias is None:
+        # Such a router's weights rank as what it ranks by, also where logits were rounded.
+        scores, _ = step.scoring.scores(step.logits)
+        step = replace(step, topk_weights=scores.gather(1, step.topk_ids.clamp(min=0).long()))
     num_tokens = len(step.topk_ids)
     expected_weights, expected_ids = step.expected()
     policy = step.policy()
