@@ -72,9 +72,18 @@ class GenerateConfig:
     checkpoint_interval_s: float = 60
     """Finished rows wait no longer than this (seconds) to be written."""
     max_retries: int = 3
-    """Times a row is tried again after its replica died; then it is reported as an error."""
-    max_error_ratio: float = 1.0
-    """Stop as soon as more than this share of rows (of 100 at least) failed. 1: never."""
+    """Times rows are tried again after their replica died. Then they have a replica to themselves, by halves, until the row is
+    found that kills it: that one is reported as an error."""
+    stall_timeout_s: float = 600
+    """A replica with work whose engine makes no step for so long (seconds) counts as dead: a stopped process, a hung GPU."""
+    max_error_ratio: float = 0.5
+    """Stop as soon as more than this share of rows (of 100 at least) failed: a template that is wrong is so for every row. 1:
+    never."""
+    retry_errors: bool = False
+    """Do the rows again that have errors, also of a finished job. A row keeps its error until there is an answer."""
+    allow_mixed_batch: bool = False
+    """Let a job that re-routes go on with another max_num_seqs, batch_size, concurrent_batches or order_by than before: its
+    rows have then met others in their steps, and `sere compare` does not recommend its configuration."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """What is generated for a prompt; names and meanings are those of vLLM's SamplingParams."""
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -92,8 +101,9 @@ class GenerateConfig:
             at_least(self, 1, "num_rows")
         if not 0 <= self.max_error_ratio <= 1:
             raise ConfigError(f"max_error_ratio must be between 0 and 1, got {self.max_error_ratio}")
-        if not 0 < self.checkpoint_interval_s < math.inf:
-            raise ConfigError(f"checkpoint_interval_s must be above 0, got {self.checkpoint_interval_s}")
+        for name in ("checkpoint_interval_s", "stall_timeout_s"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"{name} must be above 0, got {getattr(self, name)}")
         if self.template is not None and self.messages_column is not None:
             raise ConfigError("template and messages_column both make the prompt: set one of them")
         if self.lora_column is not None and not self.engine.lora_adapters:

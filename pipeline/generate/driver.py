@@ -4,20 +4,31 @@ The order of things: what the job is (model, input, artifact), whose folder it i
 replicas, and at the end the figures of all parts together.
 """
 
+import logging
 import tempfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from sere.conf.nested import digest_of
+from sere.conf.nested import describe_difference, digest_of
 from sere.conf.schema import GenerateConfig
 from sere.pipeline.data.scan import scan_input
 from sere.pipeline.data.source import Source
+from sere.pipeline.generate.attempts import read_attempts
 from sere.pipeline.generate.columns import check_columns, input_spec
-from sere.pipeline.generate.finish import finish
-from sere.pipeline.generate.identity import GENERATE, SIMILARITY, job_settings
+from sere.pipeline.generate.finish import finish, finish_settings
+from sere.pipeline.generate.identity import (
+    BATCHING,
+    GENERATE,
+    MANIFEST,
+    SIMILARITY,
+    conditions,
+    free_settings,
+    job_settings,
+)
 from sere.pipeline.generate.left import read_batches
 from sere.pipeline.generate.monitor import Monitor
 from sere.pipeline.generate.parts import KEY, Finished, Parts
@@ -28,13 +39,14 @@ from sere.pipeline.generate.preflight import (
     prepare_reroute,
     read_facts,
 )
-from sere.pipeline.generate.record import read_manifest, read_sessions
+from sere.pipeline.generate.record import Session, next_session, read_manifest, read_sessions, sweep
 from sere.pipeline.generate.replica.answers import Answer, answer_table
-from sere.pipeline.generate.replica.starter import ReplicaStarter
+from sere.pipeline.generate.replica.starter import ReplicaStarter, wanted_room
 from sere.pipeline.runtime.job_folder import JobFolder
 from sere.pipeline.runtime.storage import Storage
-from sere.pipeline.tracking.tracker import resume, track
+from sere.pipeline.tracking.tracker import NullTracker, resume, track
 
+_log = logging.getLogger(__name__)
 _STOP_S, _STOP_INTERRUPTED_S = 120.0, 15.0
 
 
@@ -59,6 +71,8 @@ class _Job:
     engine_arguments: dict[str, Any]
     model_digest: str | None
     on_gpu: bool
+    is_ordered: bool
+    """It was finished before, with its rows in the input's order."""
 
 
 def generate(config: GenerateConfig, *, ray_address: str | None = None, parent_run_id: str | None = None) -> Summary:
@@ -82,11 +96,16 @@ def generate(config: GenerateConfig, *, ray_address: str | None = None, parent_r
         source = scan_input(input_spec(config), num_rows=config.num_rows)
         check_columns(config, source.schema)
         settings = job_settings(config, model_digest=facts.digest, fingerprints=source.fingerprints, artifact=artifact)
-        with JobFolder(storage, GENERATE, settings, overwrite=config.overwrite) as folder:
+        free = free_settings(config)
+        with JobFolder(storage, GENERATE, settings, overwrite=config.overwrite, free=free) as folder:
             parts = Parts(storage, folder.digest)
             manifest = read_manifest(parts)
             if manifest is not None:
-                return Summary(config.output, manifest["metrics"], was_finished=True)
+                sweep(parts, manifest)
+                is_same = manifest.get("finish", finish_settings(config)) == finish_settings(config)
+                if is_same and not (config.retry_errors and manifest["metrics"]["num_errors"]):
+                    return Summary(config.output, manifest["metrics"], was_finished=True)
+                storage.remove(MANIFEST)
             if artifact:
                 storage.put(SIMILARITY, artifact)
             job = _Job(
@@ -97,6 +116,7 @@ def generate(config: GenerateConfig, *, ray_address: str | None = None, parent_r
                 engine_arguments=engine_arguments(config, reroute, on_gpu=on_gpu),
                 model_digest=facts.digest,
                 on_gpu=on_gpu,
+                is_ordered=manifest is not None and bool(manifest.get("finish", {}).get("preserve_order")),
             )
             metrics = _run(job, parent_run_id)
     return Summary(config.output, metrics, was_finished=False)
@@ -104,7 +124,7 @@ def generate(config: GenerateConfig, *, ray_address: str | None = None, parent_r
 
 def _run(job: _Job, parent_run_id: str | None) -> dict[str, float]:
     config, source, storage = job.config, job.source, job.folder.storage
-    finished = job.parts.scan()
+    finished = job.parts.scan(errors_count=not config.retry_errors)
     earlier = read_sessions(storage)
     noted = storage.get_json("run.json") or {}
     name = "unmodified" if config.reroute is None else config.reroute.policy
@@ -124,29 +144,51 @@ def _run(job: _Job, parent_run_id: str | None) -> dict[str, float]:
             tracker.log_dataset(
                 source=config.data, digest=digest_of(source.fingerprints), num_rows=source.num_rows, context="generation"
             )
-        monitor = Monitor(
-            config=config, num_rows=source.num_rows, before=finished, earlier=earlier, folder=job.folder, tracker=tracker
-        )
-        if finished.num_rows < source.num_rows:
-            with monitor:
+        is_left = finished.num_rows < source.num_rows
+        if is_left:
+            _warn_of_mixing(config, earlier, tracker)
+            session = Session(next_session(storage), conditions=conditions(config))
+            with Monitor(
+                config=config,
+                num_rows=source.num_rows,
+                session=session,
+                before=finished,
+                earlier=earlier,
+                folder=job.folder,
+                tracker=tracker,
+                wanted=partial(wanted_room, config, on_gpu=job.on_gpu),
+            ) as monitor:
                 _work(job, finished, monitor)
-        return finish(config, source, job.parts, tracker)
+        return finish(config, source, job.folder, job.parts, tracker, is_ordered=job.is_ordered and not is_left)
+
+
+def _warn_of_mixing(config: GenerateConfig, earlier: list[Session], tracker: NullTracker) -> None:
+    """Say, and record, in what the sessions of this job differ that their answers may depend on."""
+    now = conditions(config)
+    before = next((session.conditions for session in reversed(earlier) if session.conditions), now)
+    if before == now:
+        return
+    _log.warning(
+        "this job goes on under other conditions, on which answers depend a little: %s", describe_difference(before, now)
+    )
+    reroutes = config.reroute is not None and config.reroute.policy != "none"
+    if reroutes and any(before.get(key) != now.get(key) for key in BATCHING):
+        tracker.log_params({"mixed_batch": True})
 
 
 def _work(job: _Job, finished: Finished, monitor: Monitor) -> None:
     """Run what is left through replicas."""
-    from sere.pipeline.generate.dispatcher import Dispatcher
+    from sere.pipeline.generate.dispatch.dispatcher import Dispatcher
 
     config, source, parts = job.config, job.source, job.parts
-    starter = ReplicaStarter(
-        config, job.engine_arguments, parts, source.schema, session=monitor.session.number, on_gpu=job.on_gpu
-    )
+    session = f"s{monitor.session.number:04d}-{job.folder.token}"
+    starter = ReplicaStarter(config, job.engine_arguments, parts, source.schema, session=session, on_gpu=job.on_gpu)
     given_up = iter(range(10**6))
 
     def give_up(table: pa.Table, why: str) -> None:
         rows = [(0, row, Answer(error=why)) for row in range(len(table))]
         answers = answer_table(rows, {0: table}, source.schema, config.id_column)
-        parts.write(f"s{monitor.session.number:04d}-driver-{next(given_up):06d}", answers)
+        parts.write(f"{session}-driver-{next(given_up):06d}", answers)
 
     def keys_written(name: str) -> set[tuple[str, int]]:
         return {
@@ -161,6 +203,8 @@ def _work(job: _Job, finished: Finished, monitor: Monitor) -> None:
         num_replicas=config.engine.max_replicas or config.engine.num_replicas,
         concurrent_batches=config.concurrent_batches,
         max_retries=config.max_retries,
+        stall_timeout_s=config.stall_timeout_s,
+        tries=read_attempts(parts.storage),
         keys_written=keys_written,
         give_up=give_up,
     )

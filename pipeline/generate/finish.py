@@ -3,7 +3,6 @@
 import functools
 import logging
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,17 +14,42 @@ from sere.conf.errors import ConfigError
 from sere.conf.schema import GenerateConfig
 from sere.pipeline.data.source import FILE_NUMBER, Source
 from sere.pipeline.evaluate.scorers import exact_match, score
+from sere.pipeline.generate.attempts import forget_attempts
 from sere.pipeline.generate.monitor import check_errors
 from sere.pipeline.generate.parts import Parts, to_parquet
 from sere.pipeline.generate.record import Session, read_sessions, write_manifest
+from sere.pipeline.runtime.job_folder import JobFolder
 from sere.pipeline.tracking.tracker import NullTracker
 
 _log = logging.getLogger(__name__)
 _ORDERED_ROWS = 100_000
 
 
-def finish(config: GenerateConfig, source: Source, parts: Parts, tracker: NullTracker) -> dict[str, float]:
-    """Check that every row is there once, put them in order if asked, and work out the figures.
+def finish_settings(config: GenerateConfig) -> dict[str, Any]:
+    """What of the settings only this end of the job depends on: it can be done again without an engine."""
+    return {key: getattr(config, key) for key in ("reference_column", "task_column", "preserve_order")}
+
+
+def finish(
+    config: GenerateConfig,
+    source: Source,
+    folder: JobFolder,
+    parts: Parts,
+    tracker: NullTracker,
+    *,
+    is_ordered: bool = False,
+) -> dict[str, float]:
+    """Check that every row is there once, put them in order if asked, work out the figures, and declare the job finished.
+
+    What is superseded goes at the very end, by list. Interrupted at any point, the next call does all of this again.
+
+    Args:
+        config: Of the job.
+        source: Its input.
+        folder: Its folder.
+        parts: Its results.
+        tracker: Gets the figures.
+        is_ordered: The parts are in the input's order.
 
     Raises:
         ConfigError: if rows are not finished, or more of them have errors than the job allows.
@@ -37,10 +61,12 @@ def finish(config: GenerateConfig, source: Source, parts: Parts, tracker: NullTr
         )
     if finished.num_duplicates:
         _log.warning("%d rows had been answered twice; one answer of each is kept", finished.num_duplicates)
-    if config.preserve_order:
-        _put_in_order(source, parts)
+    before = names = parts.names()
+    if config.preserve_order and not is_ordered:
+        names = _put_in_order(source, folder, parts, before, num_rows=finished.num_rows)
     scores, errors, sums = [], [], {"prompt_tokens": 0}
-    for table in parts.read_all(parts.names()):
+    for table in parts.read_all(names):
+        folder.check()
         scores.append(score(table, reference_column=config.reference_column, task_column=config.task_column))
         errors.append(table.filter(pc.is_valid(table["error"])))
         sums["prompt_tokens"] += pc.sum(table["num_prompt_tokens"]).as_py() or 0
@@ -68,7 +94,10 @@ def finish(config: GenerateConfig, source: Source, parts: Parts, tracker: NullTr
         tracker.log_file(file)
     parts.storage.put_json("summary.json", metrics)
     tracker.log_values(metrics, "summary.json")
-    write_manifest(parts, {"metrics": metrics})
+    folder.check(now=True)
+    write_manifest(parts, {"metrics": metrics, "finish": finish_settings(config)}, names)
+    parts.storage.remove_all(sorted(set(before) - set(names)))
+    forget_attempts(parts.storage)
     return metrics
 
 
@@ -106,21 +135,31 @@ def _counters(sessions: list[Session], tracker: NullTracker) -> dict[str, float]
     return summarize(layers)
 
 
-def _put_in_order(source: Source, parts: Parts) -> None:
-    """Write the parts anew in the input's order. Killed in between, both are there, and the next scan sorts that out."""
+def _put_in_order(source: Source, folder: JobFolder, parts: Parts, before: list[str], *, num_rows: int) -> list[str]:
+    """Write the parts once more in the input's order, beside the others; returns the new ones' names.
+
+    Raises:
+        ConfigError: if it is not as many rows that were written.
+    """
     import ray.data
 
-    before = parts.names()
     places = {file.name: number for number, file in enumerate(source.files)}
     read = functools.partial(_read_part, parts=parts, places=places)
     names = ray.data.from_items([{"name": name} for name in before], override_num_blocks=len(before))
     rows = names.map_batches(read, batch_size=1, num_cpus=0.5).sort([FILE_NUMBER, "source_row"])
-    token = f"{time.time_ns():x}"
-    tables = rows.iter_batches(batch_size=_ORDERED_ROWS, batch_format="pyarrow")
-    for number, table in enumerate(tables):
-        parts.write(f"ordered-{token}-{number:06d}", table.drop_columns([FILE_NUMBER]))
-    for name in before:
-        parts.storage.remove(name)
+    prefix, num_written = f"ordered-{folder.token}-", 0
+    for number, table in enumerate(rows.iter_batches(batch_size=_ORDERED_ROWS, batch_format="pyarrow")):
+        folder.check()
+        parts.write(f"{prefix}{number:06d}", table.drop_columns([FILE_NUMBER]))
+        num_written += len(table)
+    written = parts.names(prefix)
+    counted = sum(len(table) for table in parts.read_all(written, ["source_row"]))
+    if not num_rows == num_written == counted:
+        raise ConfigError(
+            f"{parts.storage.shown}: of {num_rows} rows to be put in order {num_written} were written and {counted} are there. "
+            "Nothing was removed: run the same command again"
+        )
+    return written
 
 
 def _read_part(batch: dict[str, Any], *, parts: Parts, places: dict[str, int]) -> Iterator[pa.Table]:

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from sere.conf.errors import ConfigError
 from sere.conf.masking import mask_values
 from sere.conf.nested import flatten
 from sere.conf.schema import GenerateConfig
+from sere.pipeline.generate.attempts import ATTEMPT_NAMES, ATTEMPTS
 from sere.pipeline.generate.parts import PART_NAMES, RESULTS
 from sere.pipeline.runtime.job_folder import JobKind
 from sere.pipeline.runtime.older_jobs import schema_defaults
@@ -18,13 +20,14 @@ SIMILARITY = "similarity.safetensors"
 """The artifact, in the run directory: every node finds it there."""
 MANIFEST = "manifest.json"
 SESSIONS = "sessions"
+LOGS = "logs"
 SESSION_NAMES = r"\d+\.json"
 GENERATE = JobKind(
     name="generate",
     finished=MANIFEST,
     files=("run.json", "errors.parquet", "summary.json", SIMILARITY),
     results=RESULTS,
-    folders={RESULTS: PART_NAMES, SESSIONS: SESSION_NAMES, "logs": r"s\d+-r\d+\.log"},
+    folders={RESULTS: PART_NAMES, SESSIONS: SESSION_NAMES, ATTEMPTS: ATTEMPT_NAMES, LOGS: r"s\d+(-[0-9a-f]+)?-r\d+\.log"},
     settings_of_0_1=frozenset({"model_digest", "batch_size", "sampling.max_tokens"}),
     absent=schema_defaults(GenerateConfig),
 )
@@ -39,9 +42,30 @@ _FREE = (
     "checkpoint_interval_s",
     "max_retries",
     "max_error_ratio",
+    "retry_errors",
+    "allow_mixed_batch",
+    "stall_timeout_s",
     "reference_column",
     "task_column",
 )
+# What may change, too, but changes answers a little: recorded per session, and said where sessions differ.
+_CONDITIONS = (
+    "engine.max_model_len",
+    *(
+        f"engine.engine_kwargs.{name}"
+        for name in (
+            "gpu_memory_utilization",
+            "kv_cache_memory_bytes",
+            "num_gpu_blocks_override",
+            "cpu_offload_gb",
+            "swap_space",
+            "max_num_batched_tokens",
+        )
+    ),
+)
+# Without re-routing a row's answer does not depend on them.
+BATCHING = ("engine.max_num_seqs", "batch_size", "concurrent_batches", "order_by")
+"""Keys of the settings that say what rows meet in a step."""
 _FREE_OF_ENGINE = (
     "num_replicas",
     "max_replicas",
@@ -72,6 +96,29 @@ def job_settings(
         settings["similarity_digest"] = hashlib.sha256(artifact).hexdigest()
     settings |= {f"data/{name}": value for name, value in fingerprints.items()}
     return json.loads(json.dumps(settings))
+
+
+def free_settings(config: GenerateConfig) -> frozenset[str]:
+    """Keys of `job_settings` in which a job may differ from what it was begun with."""
+    mixes = config.allow_mixed_batch or config.reroute is None or config.reroute.policy == "none"
+    return frozenset((*_CONDITIONS, *(BATCHING if mixes else ())))
+
+
+def conditions(config: GenerateConfig) -> dict[str, Any]:
+    """What a session's answers were made under and may differ from another session's, as flat JSON values."""
+    values = {key: value for key, value in flatten(dataclasses.asdict(config)).items() if key in (*_CONDITIONS, *BATCHING)}
+    versions = {f"version.{name}": _version(name) for name in ("vllm", "torch", "transformers", "sere")}
+    return json.loads(json.dumps(values | versions))
+
+
+def _version(package: str) -> str:
+    """Of an installed package; vLLM has another name where it is built for CPUs."""
+    for name in (package, f"{package}-cpu"):
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return ""
 
 
 def read_similarity(path: Path | None) -> bytes:

@@ -1,7 +1,10 @@
 """What is seen of a job while it runs: a progress display, metrics over time in MLflow, and the session's file."""
 
+import logging
+import math
 import time
 from collections import Counter
+from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +16,18 @@ from sere.pipeline.runtime.job_folder import JobFolder
 from sere.pipeline.tracking.tracker import NullTracker
 
 if TYPE_CHECKING:
-    from sere.pipeline.generate.dispatcher import Dispatcher, Handle
+    from sere.pipeline.generate.dispatch.dispatcher import Dispatcher
+    from sere.pipeline.generate.dispatch.work import Handle
 
+_log = logging.getLogger(__name__)
 _RECORD_S = 10.0
 # Between lines of progress where the output is a file.
 _LINE_S = 30.0
+# An engine that works makes a step more often.
+_SILENT_S = 30.0
+# A replica that was not placed within this time waits for room, or for a node.
+_PLACED_S = 60.0
+_REMIND_S = 600.0
 # Fewer rows than this say little about how many fail.
 _LEAST_ROWS_JUDGED = 100
 
@@ -30,29 +40,34 @@ class Monitor:
         *,
         config: GenerateConfig,
         num_rows: int,
+        session: Session,
         before: Finished,
         earlier: list[Session],
         folder: JobFolder,
         tracker: NullTracker,
+        wanted: Callable[[], str],
     ) -> None:
         """Nothing is shown yet.
 
         Args:
             config: Of the job.
             num_rows: Rows of the input.
-            before: What was finished when this driver began.
+            session: This driver's.
+            before: What was finished when it began.
             earlier: Sessions of drivers before.
             folder: Gets this session's file.
             tracker: Gets the metrics; their step is the seconds that all drivers worked.
+            wanted: Says what room a replica needs, and what there is.
         """
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
         self._config, self._num_rows, self._before = config, num_rows, before
         self._folder, self._tracker = folder, tracker
-        self.session = Session(number=1 + max((session.number for session in earlier), default=0))
+        self.session = session
         self._offset_s = sum(session.elapsed_s for session in earlier)
         self._started = self._recorded = time.monotonic()
-        self._printed = 0.0
+        self._printed, self._said_waiting = 0.0, -math.inf
+        self._wanted = wanted
         self._last: dict[str, Any] = {}
         self._progress = Progress(
             TextColumn("{task.description}"),
@@ -99,7 +114,7 @@ class Monitor:
             self._recorded = now
             self._record(handles, num_errors)
             write_session(self._folder.storage, session)
-        self._folder.beat()
+        self._folder.check()
         if not final:
             self._judge(handles, session.num_rows, num_errors)
 
@@ -107,11 +122,19 @@ class Monitor:
         session = self.session
         done = min(self._num_rows, self._before.num_rows + session.num_rows)
         figures = []
+        now = time.monotonic()
+        silent = {h.name: now - h.progressed for h in dispatcher.replicas.values() if h.running}
+        silent = {name: seconds for name, seconds in silent.items() if seconds > _SILENT_S}
         if session.generation_s > 0:
             figures.append(f"{session.generated_tokens / session.generation_s:.0f} tokens/s")
             left = (self._num_rows - done) * session.generation_s / max(1, session.num_rows)
-            figures.append(f"{_duration(left)} left")
+            # Of replicas none of which works nobody knows.
+            if len(silent) < max(1, len(dispatcher.replicas)):
+                figures.append(f"{_duration(left)} left")
         figures.append(f"{len(dispatcher.replicas)} replicas")
+        figures += [f"{name} has made no step for {_duration(seconds)}" for name, seconds in list(silent.items())[:3]]
+        if num_waiting := dispatcher.starts.unplaced(_PLACED_S):
+            figures.append(f"{num_waiting} replicas wait for room in the cluster")
         if num_errors + self._before.num_errors:
             figures.append(f"{num_errors + self._before.num_errors} errors")
         if session.num_replaced:
@@ -119,6 +142,9 @@ class Monitor:
         description = "Generating" if dispatcher.replicas else "Starting engines"
         self._progress.update(self._task, description=description, completed=done, figures=", ".join(figures))
         console = self._progress.console
+        if num_waiting and now - self._said_waiting > _REMIND_S:
+            self._said_waiting = now
+            _log.warning("%d replicas wait for room: %s", num_waiting, self._wanted())
         if not console.is_terminal and session.elapsed_s - self._printed > _LINE_S:
             self._printed = session.elapsed_s
             console.print(
@@ -163,8 +189,8 @@ def check_errors(config: GenerateConfig, *, num_rows: int, num_errors: int, firs
     if num_errors > config.max_error_ratio * max(num_rows, _LEAST_ROWS_JUDGED):
         raise ConfigError(
             f"{num_errors} of {num_rows} rows failed, more than max_error_ratio {config.max_error_ratio:g} allows: "
-            f"{'; '.join(' '.join(text.split())[:200] for text in first[:3])}. Mend the cause, or raise max_error_ratio; rows "
-            f"with errors are in {where}/results"
+            f"{'; '.join(' '.join(text.split())[:200] for text in first[:3])}. Mend the cause and "
+            f"run again with retry_errors=true, or raise max_error_ratio; rows with errors are in {where}/results"
         )
 
 

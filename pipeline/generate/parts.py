@@ -1,9 +1,9 @@
 """The parts of a generate job's results, and which rows are in them.
 
 Parts are the truth. A part is a parquet file that some replica wrote whole; each row in it names the file and row it answers,
-so what is left to do is always the input less the rows in the parts. Two parts may hold the same row (a replica that was given
-up wrote once more): the first part in order of names keeps it. A part is damaged only if all of its bytes were read and are no
-parquet; then it is moved aside.
+so what is left to do is always the input less the rows in the parts. A row may be there twice (a replica that was given up
+wrote once more; a row with an error was tried again): one without an error is kept, of several the one in the first part in
+order of names. A part is damaged only if all of its bytes were read and are no parquet; then it is moved aside.
 """
 
 import io
@@ -43,7 +43,7 @@ class Finished:
     num_errors: int = 0
     generated_tokens: int = 0
     num_duplicates: int = 0
-    """Rows that were in two parts, and are now in one."""
+    """Answers beside the one that was kept of their row."""
 
 
 class Parts:
@@ -68,9 +68,21 @@ class Parts:
         return [name for name in self.storage.sizes(RESULTS) if name.startswith(_PART + prefix)]
 
     def read(self, name: str, columns: list[str] | None = None) -> pa.Table:
-        """Rows of a part."""
-        with self.storage.filesystem.open(self.storage.locate(name), "rb") as opened:
-            return pq.read_table(opened, columns=columns)
+        """Rows of a part.
+
+        Raises:
+            FileNotFoundError: if it is gone.
+            pyarrow.ArrowException, OSError: if it is damaged, or the storage does not answer.
+        """
+        try:
+            with self.storage.filesystem.open(self.storage.locate(name), "rb") as opened:
+                return pq.read_table(opened, columns=columns)
+        except Exception:
+            # Once more as a whole, which is tried again while a storage does not answer.
+            content = self.storage.get(name)
+            if content is None:
+                raise
+            return pq.read_table(io.BytesIO(content), columns=columns)
 
     def read_all(self, names: list[str], columns: list[str] | None = None) -> Iterator[pa.Table]:
         """Tables of several parts, in order, read ahead."""
@@ -78,8 +90,11 @@ class Parts:
             for start in range(0, len(names), _THREADS):
                 yield from threads.map(lambda name: self.read(name, columns), names[start : start + _THREADS])
 
-    def scan(self) -> Finished:
-        """Which rows are finished. Damaged parts are moved aside; rows of a second part are taken out of it.
+    def scan(self, *, errors_count: bool = True) -> Finished:
+        """Which rows are finished. Damaged parts are moved aside; of several answers to a row all but one are taken out.
+
+        Args:
+            errors_count: Whether rows with an error are finished.
 
         Raises:
             ConfigError: if a part belongs to another job, or cannot be read now.
@@ -88,26 +103,27 @@ class Parts:
         while True:
             sizes = {name: size for name, size in self.storage.sizes(RESULTS).items() if name.startswith(_PART)}
             with ThreadPoolExecutor(_THREADS) as threads:
-                tables = dict(zip(sizes, threads.map(self._keys, sizes, sizes.values()), strict=True))
-            for name in [name for name, table in tables.items() if table is None]:
+                found = dict(zip(sizes, threads.map(self._keys, sizes, sizes.values()), strict=True))
+            tables = {name: table for name, table in found.items() if table is not None}
+            for name in sorted(set(found) - set(tables)):
                 aside = self.storage.set_aside(name)
                 _log.warning(
                     "%s is no parquet file: it is kept as %s, and its rows are done again", self.storage.locate(name), aside
                 )
-                del tables[name]
-            finished, twice = _merge(tables)
+            finished, twice = _merge(tables, errors_count=errors_count)
             if not twice:
                 finished.num_duplicates = num_duplicates
                 return finished
             for name, rows in twice.items():
                 num_duplicates += len(rows)
-                self._take_out(name, rows)
+                self._take_out(name, rows, len(tables[name]))
 
     def _keys(self, name: str, size: int) -> pa.Table | None:
         """What a scan needs of a part; None if it is damaged."""
         columns = [*KEY, "error", "num_generated_tokens"]
         try:
-            table = self.read(name, columns)
+            with self.storage.filesystem.open(self.storage.locate(name), "rb") as opened:
+                table = pq.read_table(opened, columns=columns)
         except Exception:
             # A storage that fails and a damaged file look alike here: only all of its bytes tell.
             table = self._read_whole(name, size, columns)
@@ -141,45 +157,49 @@ class Parts:
         except (pa.ArrowException, OSError, KeyError):
             return None
 
-    def _take_out(self, name: str, rows: set[tuple[str, int]]) -> None:
-        """Write a part again without some of its rows."""
+    def _take_out(self, name: str, rows: np.ndarray, num_rows: int) -> None:
+        """Write a part again without some of its rows, given by number."""
         table = self.read(name)
-        keys = zip(*(table[column].to_pylist() for column in KEY), strict=True)
-        left = table.filter(pa.array([key not in rows for key in keys], pa.bool_()))
-        if len(left):
-            self.storage.put(name, to_parquet(left, self.digest))
+        if len(table) != num_rows:
+            # Somebody wrote it anew meanwhile: the next look at all parts tells.
+            return
+        keep = np.ones(num_rows, bool)
+        keep[rows] = False
+        if keep.any():
+            self.storage.put(name, to_parquet(table.filter(pa.array(keep)), self.digest))
         else:
             self.storage.remove(name)
 
 
-def _merge(tables: dict[str, pa.Table]) -> tuple[Finished, dict[str, set[tuple[str, int]]]]:
-    """What the parts hold together, and per part the rows that an earlier part holds too."""
+def _merge(tables: dict[str, pa.Table], *, errors_count: bool) -> tuple[Finished, dict[str, np.ndarray]]:
+    """What the parts hold together, and per part the numbers of those of its rows that are not kept."""
     finished = Finished()
-    twice: dict[str, set[tuple[str, int]]] = {}
     if not tables:
-        return finished, twice
+        return finished, {}
     names = list(tables)
     codes: dict[str, int] = {}
-    files, positions, owners = [], [], []
-    for number, table in enumerate(tables.values()):
+    columns: dict[str, list[np.ndarray]] = {name: [] for name in ("file", "position", "error", "owner", "number")}
+    for index, table in enumerate(tables.values()):
         encoded = table["source_file"].combine_chunks().dictionary_encode()
         local = np.array([codes.setdefault(value, len(codes)) for value in encoded.dictionary.to_pylist()], dtype=np.int64)
-        files.append(local[encoded.indices.to_numpy()] if len(table) else local)
-        positions.append(table["source_row"].to_numpy())
-        owners.append(np.full(len(table), number))
-        finished.num_rows += len(table)
-        finished.num_errors += len(table) - table["error"].null_count
+        columns["file"].append(local[encoded.indices.to_numpy()] if len(table) else local)
+        columns["position"].append(table["source_row"].to_numpy())
+        columns["error"].append(table["error"].is_valid().to_numpy())
+        columns["owner"].append(np.full(len(table), index))
+        columns["number"].append(np.arange(len(table)))
         finished.generated_tokens += pc.sum(table["num_generated_tokens"]).as_py() or 0
-    file, position, owner = np.concatenate(files), np.concatenate(positions), np.concatenate(owners)
-    # Stable: of equal rows, the one in the first part comes first.
-    order = np.lexsort((position, file))
-    file, position, owner = file[order], position[order], owner[order]
+    file, position, error, owner, number = (np.concatenate(values) for values in columns.values())
+    # The first of equal rows is kept.
+    order = np.lexsort((number, owner, error, position, file))
+    file, position, error = file[order], position[order], error[order]
     again = np.zeros(len(order), dtype=bool)
     again[1:] = (file[1:] == file[:-1]) & (position[1:] == position[:-1])
-    shown = list(codes)
-    for index in np.flatnonzero(again):
-        twice.setdefault(names[owner[index]], set()).add((shown[file[index]], int(position[index])))
-    finished.rows = {name: position[file == code] for name, code in codes.items()}
+    losers = order[again]
+    twice = {names[index]: number[losers[owner[losers] == index]] for index in np.unique(owner[losers])}
+    counted = slice(None) if errors_count else ~error
+    file, position, error = file[counted], position[counted], error[counted]
+    finished.rows = {name: rows for name, code in codes.items() if len(rows := position[file == code])}
+    finished.num_rows, finished.num_errors = len(position), int(error.sum())
     return finished, twice
 
 

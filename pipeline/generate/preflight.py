@@ -124,7 +124,8 @@ def join_cluster(config: GenerateConfig, address: str | None) -> bool:
     # Reading and writing take a core beside the replicas.
     start_ray((engine.max_replicas or engine.num_replicas) * engine.cpus_per_replica + 1, address=address)
     resources = ray.cluster_resources()
-    on_gpu = resources.get("GPU", 0) > 0 and gpus_per_replica(config) > 0
+    # Asked for by name GPUs are waited for: a cluster may have none yet.
+    on_gpu = bool(engine.gpus_per_replica) or (resources.get("GPU", 0) > 0 and gpus_per_replica(config) > 0)
     needs = {"CPU": engine.num_replicas * engine.cpus_per_replica + 1}
     if on_gpu:
         needs["GPU"] = engine.num_replicas * gpus_per_replica(config)

@@ -4,24 +4,21 @@ What is deleted is what this program wrote, by name, and only where job.json is 
 are.
 """
 
-import fcntl
 import json
-import os
 import re
-import socket
-import time
-from collections.abc import Mapping
+import uuid
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from sere.conf.errors import ConfigError
+from sere.conf.masking import mask_uri
 from sere.conf.nested import describe_difference, digest_of
+from sere.pipeline.runtime.lease import FileLock, ObjectLease, take_lease
 from sere.pipeline.runtime.older_jobs import settings_then
-from sere.pipeline.runtime.storage import Storage
+from sere.pipeline.runtime.storage import Storage, first_line
 
 JOB_FILE = "job.json"
-_HEARTBEAT_FILE = "driver.json"
-_HEARTBEAT_S = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,9 +45,17 @@ class JobKind:
 class JobFolder:
     """A job's folder. Use as a context manager: while it is open no other process can open it."""
 
-    _beaten: float
+    _lease: FileLock | ObjectLease
 
-    def __init__(self, storage: Storage, kind: JobKind, settings: Mapping[str, Any], *, overwrite: bool) -> None:
+    def __init__(
+        self,
+        storage: Storage,
+        kind: JobKind,
+        settings: Mapping[str, Any],
+        *,
+        overwrite: bool,
+        free: Collection[str] = (),
+    ) -> None:
         """Nothing is read or written yet.
 
         Args:
@@ -58,12 +63,14 @@ class JobFolder:
             kind: What the job writes.
             settings: What determines the results, as JSON values. Another job's folder is refused.
             overwrite: Throw away what is there. Applies once: the same command, given again after an interruption, goes on.
+            free: Keys of settings, begun with or asked for, in which the job may differ from what it was begun with.
         """
         self.storage = storage
-        self._kind = kind
+        self._kind, self._free = kind, frozenset(free)
         self._settings = json.loads(json.dumps(settings))
         self._overwrite = overwrite
-        self._lock: Any = None
+        self.token = uuid.uuid4().hex[:6]
+        """Of this opening: in names that nobody else, at any time, may give."""
         self.digest = digest_of(self._settings)
         """Of the settings it was begun with: what results carry, to tell them from another job's. Known once it is open."""
         self.kept: dict[str, Any] = {}
@@ -76,53 +83,31 @@ class JobFolder:
             ConfigError: if it cannot be written, another process works here, or it is not this job's.
         """
         try:
-            self._take()
+            self._lease = take_lease(self.storage)
             try:
                 self._claim()
             except BaseException:
-                self.__exit__()
+                self._lease.release()
                 raise
         except ConfigError:
             raise
         except Exception as error:
             # Every kind of storage has errors of its own.
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise ConfigError(f"cannot write into {self.storage.shown} ({reason}): choose another output") from error
+            raise ConfigError(
+                f"cannot write into {self.storage.shown} ({mask_uri(first_line(error))}): choose another output"
+            ) from error
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._lock is not None:
-            # The lock goes with the file, also when the process is killed.
-            self._lock.close()
-        else:
-            self.storage.remove(_HEARTBEAT_FILE)
+        self._lease.release()
 
-    def beat(self) -> None:
-        """Say that this process is at work; to be called every few seconds."""
-        if self._lock is None and time.monotonic() - self._beaten > _HEARTBEAT_S:
-            self._beaten = time.monotonic()
-            values = {"process": f"{socket.gethostname()}:{os.getpid()}", "time": time.time()}
-            self.storage.put_json(_HEARTBEAT_FILE, values)
+    def check(self, *, now: bool = False) -> None:
+        """Make sure that the folder is still this process's: every few seconds, and with `now` before throwing anything away.
 
-    def _take(self) -> None:
-        busy = f"another process works in {self.storage.shown}: wait for it, or choose another output"
-        if self.storage.is_local:
-            os.makedirs(self.storage.path, exist_ok=True)
-            self._lock = open(self.storage.locate("lock"), "w")  # noqa: SIM115
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                self._lock.close()
-                raise ConfigError(busy) from None
-            return
-        # No locks there: a process at work writes a new time every few seconds.
-        before = self.storage.get(_HEARTBEAT_FILE)
-        if before is not None:
-            time.sleep(3 * _HEARTBEAT_S)
-            if self.storage.get(_HEARTBEAT_FILE) != before:
-                raise ConfigError(busy)
-        self._beaten = 0.0
-        self.beat()
+        Raises:
+            ConfigError: if another process has taken over.
+        """
+        self._lease.check(now=now)
 
     def _claim(self) -> None:
         kind, before = self._kind, self._read_job()
@@ -134,7 +119,7 @@ class JobFolder:
         kept = {
             key: then[key] for key in kind.keeps - set(before["settings"]) if key in then and then[key] != self._settings[key]
         }
-        is_same = then == {**self._settings, **kept}
+        is_same = self._counting(then) == self._counting({**self._settings, **kept})
         is_finished = self.storage.get(kind.finished) is not None
         # The command that overwrote, given again, goes on with what it began.
         overwrites = self._overwrite and not (is_same and before["overwrites"] and not is_finished)
@@ -142,16 +127,22 @@ class JobFolder:
         if before["clearing"] or overwrites or not (is_same or self._written(kind.results)):
             # From now on nothing counts that is still there, also if this is interrupted.
             self._note_job(clearing=True)
-            for name in [kind.finished, *kind.files, *(name for folder in kind.folders for name in self._written(folder))]:
-                self.storage.remove(name)
+            self.storage.remove_all(
+                [kind.finished, *kind.files, *(name for folder in kind.folders for name in self._written(folder))]
+            )
             self._note_job()
         elif is_same:
             self.digest, self.kept = digest_of(before["settings"]), kept
         else:
             raise ConfigError(
-                f"{self.storage.shown} holds another job ({describe_difference(then, self._settings)}): choose another output, "
-                "or set overwrite=true to throw it away"
+                f"{self.storage.shown} holds another job "
+                f"({describe_difference(self._counting(then), self._counting(self._settings))}): choose another output, or set "
+                "overwrite=true to throw it away"
             )
+
+    def _counting(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """The settings in which a job must not differ. A section that is empty says as much as one that is not there."""
+        return {key: value for key, value in settings.items() if key not in self._free and value != {}}
 
     def _written(self, folder: str) -> list[str]:
         """The files in a folder that have a name that jobs of this kind give."""

@@ -4,13 +4,13 @@
         --out docs/benchmarks/policies-engine
 
 Every configuration is a `sere generate` job in static batches; its counters give the active experts, its answers the exact
-matches. Losses are against the unmodified model in the same engine, with 95% intervals of the paired differences.
+matches. Losses are against the unmodified model in the same engine, with 95% intervals of the paired differences. What an
+interrupted run has finished in --folder is not done again.
 """
 
 import argparse
 import json
 import math
-import shutil
 import subprocess
 import sys
 import time
@@ -33,7 +33,6 @@ def generate(folder: Path, data: Path, arguments: argparse.Namespace, reroute: d
     """Run one job; its exact matches by row id, and its counters summed over layers."""
     import pyarrow.parquet as pq
 
-    shutil.rmtree(folder, ignore_errors=True)
     overrides = {
         "model": str(arguments.model),
         "data": str(data),

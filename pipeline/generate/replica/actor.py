@@ -19,6 +19,7 @@ import pyarrow as pa
 
 from sere.conf.errors import ConfigError
 from sere.conf.schema import RerouteConfig
+from sere.pipeline.generate.attempts import Attempts
 from sere.pipeline.generate.identity import SIMILARITY
 from sere.pipeline.generate.replica.answers import Answer, answer_table
 from sere.pipeline.generate.replica.engine import ReplicaEngine, why_not_started
@@ -37,12 +38,17 @@ class Replica:
         self._finished: list[tuple[int, int, Answer]] = []
         self._tables: dict[int, pa.Table] = {}
         self._unwritten: dict[int, int] = {}
+        self._attempts = Attempts(spec.parts.storage, spec.name)
         self._num_parts = 0
         self._last_write = time.monotonic()
         self._writing = asyncio.Lock()
         self._scratch = Path(tempfile.mkdtemp(prefix="sere-"))
         self._log = self._scratch / "replica.log"
         self._stats_dir: Path | None = None
+
+    async def node(self) -> str:
+        """The node's name: known as soon as there is room for this replica, long before its engine is there."""
+        return os.uname().nodename
 
     async def start(self) -> str:
         """Start the engine; returns the node's name. Called once, before all others.
@@ -96,18 +102,22 @@ class Replica:
         file.write_bytes(self._spec.parts.storage.get(name) or b"")
         return file
 
-    async def generate(self, number: int, table: pa.Table) -> ReplicaStatus:
+    async def generate(self, number: int, table: pa.Table, num_tries: int, alone: bool) -> ReplicaStatus:
         """Answer a batch's rows. They are finished when this returns, and in a part when `written` has the batch's number.
 
         Args:
             number: Of the batch.
-            table: Rows with the input's columns and those that `sources.read_file` adds.
+            table: Rows with the input's columns and those that `read_file` adds.
+            num_tries: Replicas that died with these rows.
+            alone: This replica has no others meanwhile.
 
         Raises:
             vllm.v1.engine.exceptions.EngineDeadError: if the engine is dead: so is this replica then.
         """
         self._tables[number] = table
         self._unwritten[number] = len(table)
+        # Before the engine sees them.
+        await asyncio.to_thread(self._attempts.begin, number, table, num_tries, alone=alone)
         if self._status.first_request is None:
             self._status.first_request = time.time()
         from vllm.v1.engine.exceptions import EngineDeadError
@@ -157,10 +167,12 @@ class Replica:
                 self._finished = rows + self._finished
                 raise
             self._num_parts += 1
+            self._status.num_written += len(rows)
             for number, _, _ in rows:
                 self._unwritten[number] -= 1
                 if not self._unwritten[number]:
                     del self._unwritten[number], self._tables[number]
+                    self._attempts.end(number)
                     self._status.written.append(number)
 
     async def _write_in_time(self) -> None:
@@ -177,6 +189,7 @@ class Replica:
     async def status(self) -> ReplicaStatus:
         """Figures of now. A batch number is told once."""
         status, scheduler = self._status, self._engine.scheduler
+        status.num_steps = self._engine.num_steps
         if scheduler is not None:
             status.num_running = scheduler.num_running_reqs
             status.num_waiting = scheduler.num_waiting_reqs
@@ -197,6 +210,7 @@ class Replica:
     async def stop(self) -> ReplicaStatus:
         """Write what is finished and end the engine, which brings the last counters."""
         await self.write()
+        await asyncio.to_thread(self._attempts.forget)
         await asyncio.to_thread(self._engine.shutdown)
         storage = self._spec.parts.storage
         if not storage.is_local:

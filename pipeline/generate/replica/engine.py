@@ -141,6 +141,11 @@ class ReplicaEngine:
             self._last_parameters = sampling, made
         return self._last_parameters[1]
 
+    @property
+    def num_steps(self) -> int:
+        """Steps so far."""
+        return self._loop.num_steps
+
     def shutdown(self) -> None:
         """End the engine's processes."""
         self._loop.shutdown()

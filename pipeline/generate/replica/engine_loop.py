@@ -26,6 +26,8 @@ class EngineLoop:
         self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._waiting: dict[str, asyncio.Future[Any]] = {}
         self._num_requests = 0
+        self.num_steps = 0
+        """Of the engine, so far."""
         self._dead: Exception | None = None
         threading.Thread(target=self._run, name="engine", daemon=True).start()
         self._watching = self._loop.create_task(self._watch())
@@ -62,6 +64,7 @@ class EngineLoop:
                         return
                     self._add(*item)
                 finished = [(output.request_id, output, None) for output in engine.step() if output.finished]
+                self.num_steps += 1
                 if finished:
                     self._tell(self._resolve, finished)
             except Exception as error:

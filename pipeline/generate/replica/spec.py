@@ -35,6 +35,10 @@ class ReplicaStatus:
     first_request: float | None = None
     """Unix time, as the next."""
     last_answer: float | None = None
+    num_written: int = 0
+    """Rows in its parts."""
+    num_steps: int = 0
+    """Steps of the engine: it works, however long its answers are."""
     written: list[int] = field(default_factory=list)
     """Numbers of the batches all of whose rows are in parts."""
     first_errors: list[str] = field(default_factory=list)

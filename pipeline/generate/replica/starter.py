@@ -20,6 +20,25 @@ def gpus_per_replica(config: GenerateConfig) -> float:
     return float(num_devices(config)) if given is None else given
 
 
+def wanted_room(config: GenerateConfig, *, on_gpu: bool) -> str:
+    """What room a replica needs, and what is free in the cluster now: for one that waits."""
+    import ray
+
+    engine = config.engine
+    needs = {"CPU": engine.cpus_per_replica}
+    if on_gpu:
+        needs["GPU"] = gpus_per_replica(config)
+        if engine.accelerator_type:
+            needs[f"accelerator_type:{engine.accelerator_type}"] = needs["GPU"]
+    free = ray.available_resources()
+    asked = ", ".join(f"{amount:g} {name}" for name, amount in needs.items())
+    there = ", ".join(f"{free.get(name, 0):g} {name}" for name in needs)
+    return (
+        f"each needs {asked}, on one node unless engine.executor is ray; free in the cluster are {there}. They start when it "
+        "has room; engine.num_replicas, cpus_per_replica and gpus_per_replica say what is asked"
+    )
+
+
 class ReplicaStarter:
     """Starts and ends the Ray actors of replicas."""
 
@@ -30,7 +49,7 @@ class ReplicaStarter:
         parts: Parts,
         input_schema: pa.Schema,
         *,
-        session: int,
+        session: str,
         on_gpu: bool,
     ) -> None:
         """Nothing is started yet.
@@ -40,7 +59,7 @@ class ReplicaStarter:
             arguments: Of the engines.
             parts: Where they write.
             input_schema: The input's columns.
-            session: Number of this driver's session: part of the replicas' names, which no other session's may have.
+            session: What the replicas' names begin with; no other driver's may, at any time.
             on_gpu: Whether they take GPUs.
         """
         self._config, self._arguments, self._on_gpu = config, arguments, on_gpu
@@ -57,7 +76,7 @@ class ReplicaStarter:
         from sere.pipeline.generate.replica.actor import Replica
 
         engine = self._config.engine
-        name = f"s{self._session:04d}-r{number:04d}"
+        name = f"{self._session}-r{number:04d}"
         spec = ReplicaSpec(name, self._config, self._arguments, self._parts, self._input_schema)
         options: dict[str, Any] = {"num_cpus": engine.cpus_per_replica, "max_restarts": 0, "max_concurrency": 1000}
         group = None

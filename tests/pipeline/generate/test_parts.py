@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from sere.conf.errors import ConfigError
 from sere.pipeline.generate.parts import Parts
-from sere.pipeline.generate.record import read_manifest, write_manifest
+from sere.pipeline.generate.record import next_session, read_manifest, read_sessions, sweep, write_manifest
 from sere.pipeline.generate.replica.answers import Answer, answer_table
 from sere.pipeline.runtime.storage import Storage
 from tests.examples import examples
@@ -85,13 +85,17 @@ def test_a_storage_that_fails_is_not_damage(uri, monkeypatch, still_fails):
     def fails(*arguments, **options):
         raise OSError(24, "Too many open files")
 
-    monkeypatch.setattr(parts, "read", fails)
+    parts = Parts(Storage(str(uri), patience_s=0.1), "d")
+    content = {parts.storage.locate(name): parts.storage.get(name) for name in parts.names()}
+    monkeypatch.setattr(parts.storage.filesystem, "open", fails)
     if still_fails:
-        monkeypatch.setattr(parts.storage, "get", fails)
+        monkeypatch.setattr(parts.storage.filesystem, "cat_file", fails)
         with pytest.raises(ConfigError, match=r"part-0.parquet cannot be read now \(.*Too many open files"):
             parts.scan()
     else:
+        monkeypatch.setattr(parts.storage.filesystem, "cat_file", lambda place: content[place])
         assert parts.scan().num_rows == 3
+        assert [len(table) for table in parts.read_all(parts.names())] == [1, 1, 1]
     assert len(parts.names()) == 3
     monkeypatch.undo()
     assert parts.scan().num_rows == 3
@@ -120,10 +124,62 @@ def test_manifest(uri):
     parts = open_parts(uri)
     parts.write("a", part([("f", 0)]))
     assert read_manifest(parts) is None
-    write_manifest(parts, {"metrics": {"num_rows": 1}})
+    write_manifest(parts, {"metrics": {"num_rows": 1}}, parts.names())
     assert read_manifest(parts)["metrics"] == {"num_rows": 1}
-    parts.write("b", part([("f", 1)]))
-    assert read_manifest(parts) is None, "other files than those declared"
+    parts.write("late", part([("f", 0)], text="late"))
+    parts.storage.put("results/mine.parquet", b"x")
+    manifest = read_manifest(parts)
+    assert manifest is not None, "what a lost replica writes later is no part of the results"
+    sweep(parts, manifest)
+    assert list(parts.storage.sizes("results")) == ["results/mine.parquet", "results/part-a.parquet"]
+    parts.write("a", part([("f", 0)], text="another"))
+    assert read_manifest(parts) is None, "another file than the one declared"
+    parts.storage.remove("results/part-a.parquet")
+    assert read_manifest(parts) is None
+    with pytest.raises(ConfigError, match=r"part-a.parquet is gone"):
+        write_manifest(parts, {}, ["results/part-a.parquet"])
+
+
+def test_a_row_twice_in_one_part_keeps_one_answer(uri):
+    parts = open_parts(uri)
+    parts.write("a", part([("f", 0), ("f", 1), ("f", 0), ("f", 0)]))
+    finished = parts.scan()
+    assert (finished.num_rows, finished.num_duplicates) == (2, 2)
+    assert parts.read(parts.names()[0])["source_row"].to_pylist() == [0, 1]
+
+
+@settings(max_examples=examples(30), deadline=None)
+@given(st.lists(st.lists(st.tuples(st.integers(0, 5), st.booleans()), min_size=1, max_size=6), max_size=5))
+def test_an_answer_is_never_lost_to_an_error(tmp_path_factory, written):
+    parts = open_parts(tmp_path_factory.mktemp("run"))
+    for number, rows in enumerate(written):
+        for failed in (False, True):
+            some = [("f", row) for row, error in rows if error == failed]
+            if not some:
+                continue
+            parts.write(f"{number}-{failed}", part(some, error="bad" if failed else None, text=f"{number}"))
+    every = {row for rows in written for row, _ in rows}
+    good = {row for rows in written for row, failed in rows if not failed}
+    tried_again = parts.scan(errors_count=False)
+    assert tried_again.rows.get("f", np.array([])).tolist() == sorted(good) and tried_again.num_errors == 0
+    finished = parts.scan()
+    assert finished.num_rows == len(every) and finished.num_errors == len(every - good)
+    kept = {row["source_row"]: row["error"] for table in parts.read_all(parts.names()) for row in table.to_pylist()}
+    assert {row for row, error in kept.items() if error is None} == good and set(kept) == every
+
+
+def test_sessions_have_numbers_of_their_own(uri):
+    storage = Storage(uri)
+    assert next_session(storage) == 1
+    storage.put("results/part-s0003-r0000-000000.parquet", b"")
+    assert next_session(storage) == 4, "a session whose own file is lost"
+    storage.put("results/part-ordered-ab-000009.parquet", b"")
+    storage.put("logs/s0005-0a1b2c-r0007.log", b"")
+    assert next_session(storage) == 6
+    storage.put("sessions/0006.json", b"")
+    storage.put_json("sessions/0002.json", {"number": 2, "elapsed_s": 3.0, "of_a_later_version": 1})
+    assert next_session(storage) == 7
+    assert [(session.number, session.elapsed_s) for session in read_sessions(storage)] == [(2, 3.0)]
 
 
 @pytest.mark.parametrize("name", ["../other.parquet", "/etc/passwd", "results/../../x", "results//x", "a\\b"])

@@ -12,8 +12,8 @@ from sere.pipeline.runtime.storage import Storage
 from tests.conftest import ROOT
 
 
-def open_folder(uri, *, settings=None, overwrite=False):
-    return JobFolder(Storage(str(uri)), GENERATE, settings or {"a": 1}, overwrite=overwrite)
+def open_folder(uri, *, settings=None, overwrite=False, free=()):
+    return JobFolder(Storage(str(uri)), GENERATE, settings or {"a": 1}, overwrite=overwrite, free=free)
 
 
 def write(folder, name):
@@ -34,6 +34,18 @@ def test_other_settings_are_refused_with_the_difference(uri):
         open_folder(uri, settings={"a": 2, "b": "x"}).__enter__()
     with open_folder(uri, settings={"a": 2, "b": "x"}, overwrite=True) as folder:
         assert parts(folder) == 0
+
+
+def test_a_job_goes_on_under_other_settings_that_are_free(uri):
+    with open_folder(uri, settings={"a": 1, "b": 1, "c.d": 1}) as folder:
+        write(folder, "a")
+    for settings in ({"a": 1, "b": 2, "c": {}}, {"a": 1, "c.d": 3}):
+        with open_folder(uri, settings=settings, free=("b", "c.d")) as again:
+            assert parts(again) == 1 and again.digest == folder.digest
+    with pytest.raises(ConfigError, match=r"another job \(a was 1, is 2\)"):
+        open_folder(uri, settings={"a": 2, "b": 2}, free=("b", "c.d")).__enter__()
+    with pytest.raises(ConfigError, match=r"another job \(b was 1, is 2; c.d was 1, is None\)"):
+        open_folder(uri, settings={"a": 1, "b": 2}).__enter__()
 
 
 @pytest.mark.parametrize("name", [*MINE[2:], "sessions/0001.json", "manifest.json"])
@@ -107,25 +119,6 @@ def test_two_processes_do_not_share_a_folder(tmp_path):
         code = f"import tests.pipeline.runtime.test_job_folder as t; t.open_folder({str(tmp_path / 'run')!r}).__enter__()"
         other = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert other.returncode and "another process works in" in other.stderr
-
-
-def test_a_driver_at_work_keeps_others_from_an_object_store(monkeypatch):
-    import fsspec
-
-    fsspec.filesystem("memory").store.clear()
-    monkeypatch.setattr("sere.pipeline.runtime.job_folder._HEARTBEAT_S", 0.05)
-    with open_folder("memory://bucket/run") as first:
-        second = open_folder("memory://bucket/run")
-        original, second.storage.get = (
-            second.storage.get,
-            lambda name: (setattr(first, "_beaten", 0), first.beat(), original(name))[2],
-        )
-        with pytest.raises(ConfigError, match="another process works in"):
-            second.__enter__()
-    # One that was killed leaves its note, which does not change any more.
-    Storage("memory://bucket/run").put_json("driver.json", {"process": "gone"})
-    with open_folder("memory://bucket/run"):
-        pass
 
 
 def test_unwritable(tmp_path):

@@ -10,7 +10,8 @@ import pyarrow as pa
 import pytest
 
 from sere.conf.errors import ConfigError
-from sere.pipeline.generate.dispatcher import Dispatcher
+from sere.pipeline.generate.attempts import Tried
+from sere.pipeline.generate.dispatch.dispatcher import Dispatcher
 from sere.pipeline.generate.parts import KEY, Parts
 from sere.pipeline.generate.replica.answers import Answer, answer_table
 from sere.pipeline.generate.replica.spec import ReplicaStatus
@@ -27,21 +28,30 @@ class Worker:
     def __init__(self, name, parts, checkpoint_rows, start_error=None):
         self.name, self.parts, self.checkpoint_rows, self.start_error = name, parts, checkpoint_rows, start_error
         self.finished, self.tables, self.left, self.written, self.num_parts = [], {}, {}, [], 0
-        self.num_rows = 0
+        self.num_rows = self.num_written = 0
+
+    async def node(self):
+        return self.start_error or str(os.getpid())
 
     async def start(self):
-        if self.start_error == "refused":
-            raise ConfigError("not with this model")
         if self.start_error == "killed":
             os._exit(1)
+        if self.start_error:
+            await asyncio.sleep(0.5)
+            raise ConfigError(f"not with this model, says {self.start_error}")
         return str(os.getpid())
 
-    async def generate(self, number, table):
+    async def generate(self, number, table, num_tries, alone):
         self.tables[number], self.left[number] = table, len(table)
         for index, prompt in enumerate(table["prompt"].to_pylist()):
             await asyncio.sleep(random.random() / 500)
             if prompt == "die":
                 os._exit(1)
+            if prompt.startswith("stop") and not os.path.exists(prompt[5:]):
+                open(prompt[5:], "w").close()
+                os.kill(os.getpid(), signal.SIGSTOP)
+            if prompt.startswith("full"):
+                raise OSError(int(prompt[5:]), "No space left on device")
             self.finished.append((number, index, Answer(prompt.upper(), 1, 1, "stop")))
             self.num_rows += 1
             if len(self.finished) >= self.checkpoint_rows:
@@ -53,6 +63,7 @@ class Worker:
         if rows:
             self.num_parts += 1
             self.parts.write(f"{self.name}-{self.num_parts}", answer_table(rows, self.tables, SCHEMA, "id"))
+        self.num_written += len(rows)
         for number, _, _ in rows:
             self.left[number] -= 1
             if not self.left[number]:
@@ -60,7 +71,7 @@ class Worker:
 
     async def status(self):
         written, self.written = self.written, []
-        return ReplicaStatus(num_rows=self.num_rows, written=written)
+        return ReplicaStatus(num_rows=self.num_rows, num_written=self.num_written, num_steps=self.num_rows, written=written)
 
     async def flush(self):
         await self.write()
@@ -83,12 +94,14 @@ def job(local_ray, tmp_path):
     """A function that runs prompts through workers, and returns the rows in the parts."""
     parts = Parts(Storage(str(tmp_path / "run")), "d")
 
-    def run(prompts, *, batch=5, num_replicas=2, max_retries=3, checkpoint_rows=7, while_running=None, start_error=None):
+    def run(
+        prompts, *, batch=5, num_replicas=2, max_retries=3, checkpoint_rows=7, while_running=None, start_error=None, **options
+    ):
         def start(number):
             name = f"r{number:04d}"
             error = start_error(number) if start_error else None
-            options = {"num_cpus": 1, "max_concurrency": 100}
-            return name, local_ray.remote(Worker).options(**options).remote(name, parts, checkpoint_rows, error)
+            actor = local_ray.remote(Worker).options(num_cpus=1, max_concurrency=100)
+            return name, actor.remote(name, parts, checkpoint_rows, error)
 
         def keys_written(name):
             tables = [parts.read(part, KEY).select(KEY) for part in parts.names(f"{name}-")]
@@ -110,6 +123,8 @@ def job(local_ray, tmp_path):
             num_replicas=num_replicas,
             concurrent_batches=3,
             max_retries=max_retries,
+            stall_timeout_s=options.get("stall_timeout_s", 600),
+            tries=options.get("tries"),
             keys_written=keys_written,
             give_up=give_up,
         )
@@ -154,15 +169,49 @@ def test_workers_killed_at_random(job):
     assert [row["generated_text"] for row in rows] == [prompt.upper() for prompt in prompts]
 
 
-@pytest.mark.parametrize("max_retries", [1, 3])
+@pytest.mark.parametrize("max_retries", [0, 1, 3])
 def test_a_row_that_kills_takes_no_other_with_it(job, max_retries):
     prompts = [f"p{number}" for number in range(60)]
     prompts[17] = prompts[41] = "die"
     rows, _ = job(prompts, max_retries=max_retries)
     bad = [row for row in rows if row["error"]]
-    assert [row["source_row"] for row in bad] == [17, 41] and len(rows) == 60
-    assert f"died {max_retries + 1} times with this row" in bad[0]["error"]
+    assert len(rows) == 60 and {17, 41} <= {row["source_row"] for row in bad}
+    if max_retries:
+        assert len(bad) == 2
+    assert "times with this row" in bad[0]["error"]
     assert all(row["generated_text"] == row["prompt"].upper() for row in rows if not row["error"])
+
+
+def test_others_go_on_while_a_row_is_found_out(job):
+    prompts = ["die", *(f"p{number}" for number in range(400))]
+    rows, dispatcher = job(prompts, batch=8, max_retries=1)
+    assert [row["source_row"] for row in rows if row["error"]] == [0] and len(rows) == 401
+    assert dispatcher.num_replaced == 5, "once with others, then in groups of 8, 4, 2 and 1"
+
+
+def test_a_stopped_worker_counts_as_dead(job, tmp_path):
+    prompts = [f"p{number}" for number in range(40)]
+    prompts[13] = f"stop {tmp_path / 'stopped'}"
+    rows, dispatcher = job(prompts, stall_timeout_s=3)
+    assert dispatcher.num_replaced == 1 and len(rows) == 40 and not any(row["error"] for row in rows)
+
+
+def test_a_full_disk_ends_the_job_at_once(job):
+    with pytest.raises(ConfigError, match=r"cannot write \(.*No space left on device.*make room"):
+        job(["a", "full 28"])
+
+
+def test_a_storage_that_fails_costs_the_worker(job):
+    with pytest.raises(ConfigError, match=r"died one after the other.*Slow down|No space"):
+        job(["full 16"] * 3, batch=1)
+
+
+def test_rows_that_earlier_sessions_died_with(job):
+    prompts = [f"p{number}" for number in range(30)]
+    tries = {3: Tried(1), 7: Tried(3), 8: Tried(3), 12: Tried(5, 4), 20: Tried(6, 1)}
+    rows, _ = job(prompts, tries={"f": tries})
+    assert [row["source_row"] for row in rows if row["error"]] == [20] and len(rows) == 30
+    assert "sessions ended 6 times while this row was being answered" in rows[20]["error"]
 
 
 def test_workers_that_always_die_end_the_job(job):
@@ -172,7 +221,14 @@ def test_workers_that_always_die_end_the_job(job):
 
 def test_refusal_at_start(job):
     with pytest.raises(ConfigError, match="not with this model"):
-        job(["a"], start_error=lambda number: "refused")
+        job(["a"], start_error=lambda number: "node a")
+    with pytest.raises(ConfigError, match=r"not with this model, says node [ab]"):
+        job(["a"], num_replicas=3, start_error=lambda number: f"node {'ab'[number % 2]}")
+
+
+def test_one_bad_node_does_not_end_the_job(job):
+    rows, _ = job(["a"] * 30, num_replicas=3, start_error=lambda number: "bad node" if number in (0, 1) else None)
+    assert len(rows) == 30
 
 
 def test_start_that_dies(job):
@@ -187,7 +243,9 @@ def test_bad_input_is_raised(job, tmp_path):
         raise ConfigError("file x is damaged")
         yield
 
-    dispatcher = Dispatcher(None, None, num_replicas=0, concurrent_batches=1, max_retries=0, keys_written=None, give_up=None)
+    dispatcher = Dispatcher(
+        None, None, num_replicas=0, concurrent_batches=1, max_retries=0, stall_timeout_s=1, keys_written=None, give_up=None
+    )
     with pytest.raises(ConfigError, match="file x is damaged"):
         for _ in dispatcher.run(broken()):
             pass

@@ -1,0 +1,1 @@
+"""Rows to replicas, and back from those that die."""

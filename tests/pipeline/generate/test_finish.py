@@ -1,0 +1,171 @@
+"""The end of a job: every row once, in order if asked, whenever it is interrupted; and done again without an engine."""
+
+import dataclasses
+import json
+
+import pyarrow.parquet as pq
+import pytest
+
+from sere.conf.errors import ConfigError
+from sere.conf.schema import GenerateConfig
+from sere.pipeline.data.find import find_sources
+from sere.pipeline.data.read import describe_file, read_file
+from sere.pipeline.data.scan import unify
+from sere.pipeline.generate import finish as finish_module
+from sere.pipeline.generate.columns import input_spec
+from sere.pipeline.generate.finish import finish
+from sere.pipeline.generate.identity import GENERATE
+from sere.pipeline.generate.parts import Parts
+from sere.pipeline.generate.record import read_manifest, sweep
+from sere.pipeline.generate.replica.answers import Answer, answer_table
+from sere.pipeline.runtime.job_folder import JobFolder
+from sere.pipeline.runtime.storage import Storage
+from sere.pipeline.tracking.tracker import NullTracker
+
+pytestmark = pytest.mark.cluster
+NUM_ROWS = 23
+
+
+@pytest.fixture(scope="module", autouse=True)
+def local_ray():
+    import ray
+
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def config(tmp_path):
+    lines = [json.dumps({"prompt": f"p{n}", "reference": f"P{n}", "other": "P1", "task": "t"}) for n in range(NUM_ROWS)]
+    (tmp_path / "data.jsonl").write_text("\n".join(lines))
+    return GenerateConfig(model="m", data=str(tmp_path / "data.jsonl"), output=str(tmp_path / "run"))
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr(finish_module, "_ORDERED_ROWS", 5)
+
+
+class Job:
+    """A job all of whose rows are answered, out of order; what an engine would leave."""
+
+    def __init__(self, config, errors=()):
+        self.config = config
+        listing = find_sources(input_spec(config))
+        self.source = unify(listing, [describe_file(listing, 0)])
+        with self.open() as folder:
+            parts = Parts(folder.storage, folder.digest)
+            (table,) = read_file(self.source, 0, rows_per_table=100)
+            for start in (15, 0, 8):
+                some = table.slice(start, {15: 8, 0: 8, 8: 7}[start])
+                rows = [
+                    (0, index, Answer(error="bad") if row in errors else Answer(prompt.upper(), 1, 2, "stop"))
+                    for index, (prompt, row) in enumerate(
+                        zip(some["prompt"].to_pylist(), some["source_row"].to_pylist(), strict=True)
+                    )
+                ]
+                answers = answer_table(list(reversed(rows)), {0: some}, self.source.schema, "id")
+                parts.write(f"s0001-ab-r0000-{99 - start:06d}", answers)
+
+    def open(self):
+        return JobFolder(Storage(self.config.output), GENERATE, {"a": 1}, overwrite=False)
+
+    def finish(self, **changes):
+        config = dataclasses.replace(self.config, **changes)
+        with self.open() as folder:
+            return finish(config, self.source, folder, Parts(folder.storage, folder.digest), NullTracker())
+
+    def results(self):
+        """Rows of the files that the manifest names, in order; and whether there are others."""
+        with self.open() as folder:
+            parts = Parts(folder.storage, folder.digest)
+            manifest = read_manifest(parts)
+            assert manifest is not None
+            sweep(parts, manifest)
+            assert list(parts.storage.sizes("results")) == sorted(manifest["files"])
+            return [
+                row["source_row"] for name in manifest["files"] for row in pq.read_table(parts.storage.locate(name)).to_pylist()
+            ]
+
+
+def test_figures_and_order(config, small):
+    job = Job(config, errors={3})
+    metrics = job.finish()
+    assert (metrics["num_rows"], metrics["num_errors"]) == (NUM_ROWS, 1)
+    assert metrics["exact_match"] == pytest.approx((NUM_ROWS - 1) / NUM_ROWS)
+    assert sorted(job.results()) == list(range(NUM_ROWS)) != job.results()
+    # Other figures, and another order, of the same answers.
+    metrics = job.finish(reference_column="other", preserve_order=True)
+    assert metrics["exact_match"] == pytest.approx(1 / NUM_ROWS)
+    assert job.results() == list(range(NUM_ROWS))
+    assert len(Storage(config.output).sizes("results")) == 5
+
+
+@pytest.mark.parametrize("step", ["sort", "first part", "third part", "manifest", "delete"])
+def test_interrupted_at_any_point_every_row_is_there_once(config, small, monkeypatch, step):
+    job = Job(config)
+    written = []
+
+    def interrupt(*arguments, **options):
+        raise KeyboardInterrupt
+
+    def write(parts, name, table):
+        written.append(name)
+        if len(written) == {"first part": 1, "third part": 3}[step]:
+            raise KeyboardInterrupt
+        original(parts, name, table)
+
+    original = Parts.write
+    with monkeypatch.context() as patch:
+        if step == "sort":
+            patch.setattr(finish_module, "_put_in_order", interrupt)
+        elif step == "manifest":
+            patch.setattr(finish_module, "write_manifest", interrupt)
+        elif step == "delete":
+            patch.setattr(Storage, "remove_all", interrupt)
+        else:
+            patch.setattr(Parts, "write", write)
+        with pytest.raises(KeyboardInterrupt):
+            job.finish(preserve_order=True)
+    if step == "delete":
+        assert job.results() == list(range(NUM_ROWS)), "it was finished"
+    metrics = job.finish(preserve_order=True)
+    assert metrics["num_rows"] == NUM_ROWS and metrics["exact_match"] == 1
+    assert job.results() == list(range(NUM_ROWS))
+
+
+def test_rows_that_are_lost_on_the_way_lose_nothing(config, small, monkeypatch):
+    job = Job(config)
+    original = Parts.write
+    with monkeypatch.context() as patch:
+        patch.setattr(Parts, "write", lambda parts, name, table: original(parts, name, table.slice(1)))
+        with pytest.raises(
+            ConfigError, match=rf"of {NUM_ROWS} rows to be put in order {NUM_ROWS} were written and 18 are there"
+        ):
+            job.finish(preserve_order=True)
+    job.finish(preserve_order=True)
+    assert job.results() == list(range(NUM_ROWS))
+
+
+def test_nothing_is_removed_by_a_process_that_has_lost_the_folder(config, monkeypatch):
+    job = Job(config)
+    before = Storage(config.output).sizes("results")
+
+    def lost(folder, *, now=False):
+        if now:
+            raise ConfigError("another one goes on")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(JobFolder, "check", lost)
+        with pytest.raises(ConfigError, match="another one goes on"):
+            job.finish(preserve_order=True)
+    assert set(before) <= set(Storage(config.output).sizes("results"))
+    assert Storage(config.output).get("manifest.json") is None
+
+
+def test_a_job_of_which_too_many_rows_fail_is_not_finished(config):
+    job = Job(config, errors=set(range(20)))
+    assert job.finish()["num_errors"] == 20, "few rows say little"
+    with pytest.raises(ConfigError, match=r"20 of 23 rows failed.*retry_errors=true"):
+        job.finish(max_error_ratio=0.1)

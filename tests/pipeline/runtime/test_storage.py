@@ -1,0 +1,123 @@
+"""Files on every kind of storage, and on one that fails now and then."""
+
+import errno
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+from typing import ClassVar
+
+import fsspec
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+
+from sere.pipeline.runtime.storage import Storage
+
+
+class FailingFileSystem(MemoryFileSystem):
+    """Every kind of call fails as often as `failures` says before one is answered; or only the answer is lost."""
+
+    protocol = "failing"
+    store: ClassVar[dict] = {}
+    pseudo_dirs: ClassVar[list] = [""]
+    failures = 0
+    error: Exception = OSError(errno.EBUSY, "Slow down")
+    num_failed: ClassVar[dict[str, int]] = {}
+    is_answer_lost = False
+
+    def _fail(self, method):
+        cls = type(self)
+        failed = cls.num_failed.get(method, 0)
+        cls.num_failed[method] = (failed + 1) % (cls.failures + 1)
+        if failed < cls.failures:
+            raise cls.error
+
+    def cat_file(self, path, **options):
+        self._fail("cat_file")
+        return super().cat_file(path, **options)
+
+    def pipe_file(self, path, value, mode="overwrite", **options):
+        if self.is_answer_lost and mode == "create":
+            super().pipe_file(path, value, mode=mode, **options)
+        self._fail("pipe_file")
+        super().pipe_file(path, value, mode=mode, **options)
+
+    def ls(self, path, detail=True, **options):
+        self._fail("ls")
+        return super().ls(path, detail=detail, **options)
+
+    def rm_file(self, path):
+        self._fail("rm_file")
+        super().rm_file(path)
+
+
+fsspec.register_implementation("failing", FailingFileSystem, clobber=True)
+
+
+@pytest.fixture
+def failing(monkeypatch):
+    FailingFileSystem.store.clear()
+    for name, value in {"failures": 0, "num_failed": {}, "is_answer_lost": False}.items():
+        monkeypatch.setattr(FailingFileSystem, name, value)
+    return Storage("failing://bucket/run", patience_s=2)
+
+
+def test_whatever_fails_for_a_moment_is_done_again(failing, monkeypatch, caplog):
+    monkeypatch.setattr(FailingFileSystem, "failures", 2)
+    failing.put("a/b", b"1")
+    assert failing.create("a/c", b"2") and not failing.create("a/c", b"3")
+    assert failing.get("a/b") == b"1" and failing.get("a/none") is None
+    assert list(failing.sizes("a")) == ["a/b", "a/c"]
+    failing.remove_all(["a/b", "a/c", "a/none"])
+    failing.remove("a/none")
+    assert failing.sizes("a") == {}
+    assert "Slow down; tried again for 2 s" in caplog.text
+
+
+def test_a_storage_that_stays_away_is_an_error_in_the_end(failing, monkeypatch):
+    monkeypatch.setattr(FailingFileSystem, "failures", 10**6)
+    with pytest.raises(OSError, match="Slow down"):
+        failing.put("a", b"1")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EDQUOT])
+def test_what_does_not_mend_itself_is_an_error_at_once(failing, monkeypatch, number):
+    monkeypatch.setattr(FailingFileSystem, "failures", 1)
+    monkeypatch.setattr(FailingFileSystem, "error", OSError(number, "no"))
+    with pytest.raises(OSError, match="no"):
+        failing.put("a", b"1")
+    failing.put("a", b"1")
+
+
+def test_a_file_whose_writing_was_not_confirmed_is_ones_own(failing, monkeypatch):
+    monkeypatch.setattr(FailingFileSystem, "is_answer_lost", True)
+    monkeypatch.setattr(FailingFileSystem, "failures", 1)
+    assert failing.create("lease/1", b"mine") and failing.get("lease/1") == b"mine"
+    assert not failing.create("lease/1", b"another's")
+
+
+def test_of_several_who_create_a_file_one_does(uri):
+    storages = [Storage(uri) for _ in range(8)]
+    for storage in storages:
+        assert storage.get("lease/1") is None
+    with ThreadPoolExecutor(8) as threads:
+        done = list(threads.map(lambda number: storages[number].create("lease/1", f"{number}".encode()), range(8)))
+    assert sum(done) == 1 and storages[0].get("lease/1") == f"{done.index(True)}".encode()
+
+
+def test_what_is_set_aside_replaces_nothing(uri):
+    storage = Storage(uri)
+    names = []
+    for content in (b"1", b"2"):
+        storage.put("results/a", content)
+        names.append(storage.set_aside("results/a"))
+        assert storage.get("results/a") is None
+    assert [storage.get(name) for name in names] == [b"1", b"2"] and names[0] == "damaged/a"
+
+
+def test_many_files_are_removed(uri):
+    storage = Storage(uri)
+    names = [f"results/{number}" for number in range(20)]
+    for name in names:
+        storage.put(name, b"x")
+    storage.remove_all([*names[1:], "results/none"])
+    assert list(storage.sizes("results")) == names[:1]
+    assert pickle.loads(pickle.dumps(storage)).get(names[0]) == b"x"
