@@ -7,6 +7,25 @@ from typing import Any, Literal
 from sere.conf.errors import ConfigError
 from sere.conf.schema.checks import at_least, one_of
 
+# Arguments of vLLM's that settings here make; given twice, the run would be recorded under one and made with the other.
+_OWNED = {
+    "model": "model",
+    "revision": "model_revision",
+    "tokenizer_revision": "model_revision",
+    "code_revision": "model_revision",
+    "max_num_seqs": "engine.max_num_seqs",
+    "max_model_len": "engine.max_model_len",
+    "dtype": "engine.dtype",
+    "tensor_parallel_size": "engine.tensor_parallel_size",
+    "pipeline_parallel_size": "engine.pipeline_parallel_size",
+    "distributed_executor_backend": "engine.executor",
+    "enforce_eager": "engine.enforce_eager",
+    "trust_remote_code": "engine.trust_remote_code",
+    "enable_lora": "engine.lora_adapters",
+    "max_loras": "engine.lora_adapters",
+    "max_lora_rank": "engine.max_lora_rank",
+}
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineConfig:
@@ -46,7 +65,7 @@ class EngineConfig:
     trust_remote_code: bool = False
     """Run code that comes with the model. Off unless you trust it."""
     engine_kwargs: dict[str, Any] = field(default_factory=dict)
-    """Further arguments of vLLM's engine, as they are."""
+    """Further arguments of vLLM's engine, as they are; none that a setting here makes."""
 
     def __post_init__(self) -> None:
         one_of(self, "dtype", "executor")
@@ -60,3 +79,9 @@ class EngineConfig:
         for name in ("kv_cache_gib", "cpus_per_replica"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"{name} must be above 0, got {getattr(self, name)}")
+        for name, setting in _OWNED.items():
+            if name in self.engine_kwargs:
+                raise ConfigError(f"engine_kwargs.{name} is what {setting} says: set that one instead")
+        additional = self.engine_kwargs.get("additional_config")
+        if isinstance(additional, dict) and "sere" in additional:
+            raise ConfigError("engine_kwargs.additional_config.sere is what reroute says: set that one instead")

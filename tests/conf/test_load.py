@@ -130,3 +130,17 @@ def test_plugin_settings(values, message):
 def test_plugin_settings_round_trip():
     config = RerouteConfig(similarity="x", threshold=1)
     assert RerouteConfig.from_dict(config.to_dict()) == config
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "setting"),
+    [
+        ("{tensor_parallel_size: 2}", "engine.tensor_parallel_size"),
+        ("{max_num_seqs: 8}", "engine.max_num_seqs"),
+        ("{additional_config: {sere: {policy: none}}}", "reroute"),
+    ],
+)
+def test_what_a_setting_says_is_not_said_twice(minimal, kwargs, setting):
+    with pytest.raises(ConfigError, match=rf"engine_kwargs\..* is what {setting} says: set that one instead"):
+        load_config(GenerateConfig, minimal, [f"engine.engine_kwargs={kwargs}"])
+    load_config(GenerateConfig, minimal, ["engine.engine_kwargs={additional_config: {mine: 1}}"])

@@ -63,7 +63,10 @@ class Replica:
                 "that all nodes share, or an fsspec URI such as s3://bucket/run"
             )
         self._redirect_output()
-        subprocess.Popen([sys.executable, str(Path(__file__).with_name("watchdog.py")), str(os.getpid())])
+        watchdog = Path(__file__).with_name("watchdog.py")
+        subprocess.Popen([sys.executable, str(watchdog), str(os.getpid()), str(self._scratch)])
+        # vLLM's sockets, too, go with that folder.
+        os.environ["VLLM_RPC_BASE_PATH"] = str(self._scratch)
         try:
             self._engine = ReplicaEngine(spec.config, self._arguments())
         except Exception as error:

@@ -1,16 +1,17 @@
-"""Ends a process's children when it dies: run as `python watchdog.py PID`, by the process itself.
+"""Ends a process's children when it dies, and clears up: run as `python watchdog.py PID FOLDER`, by the process itself.
 
 An engine's own processes outlive a killed replica, and would keep its GPU's memory from the replica that takes its place.
 """
 
+import shutil
 import sys
 import time
 
 import psutil
 
 
-def watch(pid: int) -> None:
-    """Follow a process until it is gone, then kill what it had started."""
+def watch(pid: int, scratch: str) -> None:
+    """Follow a process until it is gone, then kill what it had started and remove its folder."""
     try:
         parent = psutil.Process(pid)
     except psutil.NoSuchProcess:
@@ -27,10 +28,13 @@ def watch(pid: int) -> None:
     for child in children - {own}:
         # `kill` refuses a process that has the same number and is not the same.
         try:
-            child.kill()
+            # Python's own ends by itself, and removes the shared memory of those that it served.
+            if "multiprocessing.resource_tracker" not in " ".join(child.cmdline()):
+                child.kill()
         except psutil.NoSuchProcess:
             continue
+    shutil.rmtree(scratch, ignore_errors=True)
 
 
 if __name__ == "__main__":
-    watch(int(sys.argv[1]))
+    watch(int(sys.argv[1]), sys.argv[2])
