@@ -1,4 +1,4 @@
-"""The main job, whole, on the bundled model: calibrate, generate under five configurations, compare. Run by `make demo`.
+"""The main job, whole, on the bundled model: calibrate, generate under six configurations, compare. Run by `make demo`.
 
 Every step is a `sere` command that is printed before it runs; they share one local Ray.
 """

@@ -152,7 +152,9 @@ def _part(kind: type[Any], name: str, base: Mapping[str, Any], overrides: Mappin
     for key in overrides:
         if key not in allowed:
             dials_here = ", ".join(by_rule[rule]) or "none"
-            raise ConfigError(f"{name}.{key} is no dial of {name}.rule={rule} (its dials: {dials_here}): leave it out")
+            others = [other for other, dials in by_rule.items() if key in dials]
+            remedy = f"leave it out, or set {name}.rule={' or '.join(others)}"
+            raise ConfigError(f"{name}.{key} is no dial of {name}.rule={rule} (its dials: {dials_here}): {remedy}")
     values = {key: value for key, value in dials.items() if key in by_rule[rule]}
     if rule == base["rule"]:
         values |= base

@@ -14,6 +14,8 @@ from sere.conf.schema.named import PolicyName, make_rules
 from sere.conf.schema.rules import Metric, Rules, WeightRule
 
 _PER_LAYER = ("primary_top_k", "threshold", "metric", "votes", "targets", "weights", "compensation")
+# Dials of votes and targets that a layer's own key takes the place of.
+_SAID_AS = {"primary_top_k": ("primary_top_k", "by_batch"), "threshold": ("threshold",), "metric": ("metric",)}
 _IN_FILE = ("policy", "seed", "per_layer", *_PER_LAYER)
 
 
@@ -47,9 +49,10 @@ class RerouteConfig:
     """Overrides its compensation: {rule: none, mean or surrogate, rank: 2}."""
     per_layer: dict[Any, Any] = field(default_factory=dict)
     """Settings of single layers, by index: {3: {primary_top_k: 4}}. Keys: primary_top_k, threshold, metric, votes, targets,
-    weights, compensation."""
+    weights, compensation; each comes before what holds for all layers, votes.by_batch included."""
     policy_file: str | None = None
-    """JSON file with policy, its dials and overrides, and per_layer, instead of these keys."""
+    """JSON file with policy, its dials and overrides, and per_layer. It replaces all of these keys, those it does not name
+    included."""
     phase: Literal["decode", "all"] = "decode"
     """decode: prompts are never touched, their KV cache stays exact; all: prompt rows are re-routed too (the paper)."""
     min_tokens: int = 4
@@ -83,7 +86,7 @@ class RerouteConfig:
             # Whatever else is said: the baseline of a comparison is made by this one key.
             return
         if self.policy_file is not None:
-            self._refuse_beside_file()
+            # What it says is checked when it is read.
             return
         needed = self.needs_tables
         if needed and not self.similarity:
@@ -91,14 +94,13 @@ class RerouteConfig:
                 f"policy {self.policy!r} needs similarity: the path of an artifact made by `sere calibrate` (for {needed[0]})"
             )
 
-    def _refuse_beside_file(self) -> None:
-        for entry in dataclasses.fields(self):
-            default = {} if entry.default is dataclasses.MISSING else entry.default
-            if entry.name in _IN_FILE and getattr(self, entry.name) != default:
-                raise ConfigError(
-                    f"{entry.name}={getattr(self, entry.name)!r} stands beside policy_file={self.policy_file}, which has that "
-                    "key: leave one of them out"
-                )
+    @property
+    def replaced_by_file(self) -> dict[str, Any]:
+        """Keys that are set beside `policy_file`, and count for nothing."""
+        entries = {entry.name: entry.default for entry in dataclasses.fields(self) if entry.name in _IN_FILE}
+        defaults = {name: {} if default is dataclasses.MISSING else default for name, default in entries.items()}
+        found = {name: getattr(self, name) for name in _IN_FILE}
+        return {name: value for name, value in found.items() if self.policy_file is not None and value != defaults[name]}
 
     @property
     def needs_tables(self) -> list[str]:
@@ -116,15 +118,18 @@ class RerouteConfig:
             return self
         try:
             values = json.loads(Path(self.policy_file).read_text())
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"policy_file {self.policy_file} cannot be read as JSON ({error}): give another one") from None
+        except OSError as error:
+            raise ConfigError(f"policy_file {self.policy_file} cannot be read ({error.strerror}): give another one") from None
+        except ValueError as error:
+            raise ConfigError(f"policy_file {self.policy_file} is no JSON ({error}): mend it, or give another one") from None
         if not isinstance(values, dict):
             raise ConfigError(f"policy_file {self.policy_file} must hold keys and values, such as policy and primary_top_k")
         for key in values:
             if key not in _IN_FILE:
                 raise unknown_key(key, list(_IN_FILE), f"policy_file {self.policy_file}")
         try:
-            return RerouteConfig.from_dict({**self.to_dict(), "policy_file": None, **values})
+            others = {key: value for key, value in self.to_dict().items() if key not in _IN_FILE}
+            return RerouteConfig.from_dict({**others, "policy_file": None, **values})
         except ConfigError as error:
             raise ConfigError(f"policy_file {self.policy_file}: {error}") from None
 
@@ -143,8 +148,8 @@ class RerouteConfig:
             return make_rules(
                 self.policy,
                 dials=dials,
-                votes=_merged(self.votes, own.get("votes", {})),
-                targets=_merged(self.targets, own.get("targets", {})),
+                votes=_merged(_but(self.votes, own), own.get("votes", {})),
+                targets=_merged(_but(self.targets, own), own.get("targets", {})),
                 weights=own.get("weights", self.weights),
                 compensation=_merged(self.compensation, own.get("compensation", {})),
             )
@@ -171,6 +176,14 @@ class RerouteConfig:
         return dataclasses.asdict(self)
 
 
+def _but(base: Any, own: Mapping[str, Any]) -> Any:
+    """What holds for all layers, less what a layer says by a key of its own."""
+    if not isinstance(base, Mapping):
+        return base
+    replaced = {dial for key in own for dial in _SAID_AS.get(key, ())}
+    return {key: value for key, value in base.items() if key not in replaced}
+
+
 def _merged(base: Mapping[str, Any], over: Any) -> Any:
     """A layer's overrides over those of all layers; another rule begins anew."""
     if not isinstance(over, Mapping):
@@ -190,5 +203,7 @@ def _by_index(per_layer: Mapping[Any, Any]) -> dict[int, dict[str, Any]]:
         for key in values:
             if key not in _PER_LAYER:
                 raise unknown_key(f"per_layer.{layer}.{key}", list(_PER_LAYER), "reroute")
+        if index in found:
+            raise ConfigError(f"per_layer names layer {index} twice: leave one out")
         found[index] = dict(values)
     return found

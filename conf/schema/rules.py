@@ -55,7 +55,7 @@ class Votes:
             raise ConfigError(f"votes.benefit must be above 0 and at most 100, got {self.benefit}")
         if self.rule == "budget" and self.budget < 1:
             raise ConfigError(
-                f"votes.budget must be set, to the number of experts that stay active: at least 1, got {self.budget}"
+                f"votes.budget, the number of experts that stay active, must be set to 1 or more, got {self.budget or None}"
             )
 
     def steps(self) -> tuple[tuple[int, float], ...]:
@@ -97,7 +97,9 @@ class Compensation:
     def __post_init__(self) -> None:
         one_of(self, "rule")
         if not 0 <= self.rank <= 64:
-            raise ConfigError(f"compensation.rank must be between 0 and the artifact's surrogate_rank, got {self.rank}")
+            raise ConfigError(
+                f"compensation.rank must be between 0 and 64, and at most the artifact's surrogate_rank, got {self.rank}"
+            )
 
 
 WeightRule = Literal["keep", "renormalize", "half", "fold", "router"]

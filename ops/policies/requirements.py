@@ -31,4 +31,7 @@ def check_artifact(config: RerouteConfig, artifact: SimilarityArtifact) -> None:
                     "again with `sere calibrate`, which makes all tables, or choose another policy"
                 )
         if rules.compensation.rank:
-            refuse_rank(rules.compensation.rank, known)
+            try:
+                refuse_rank(rules.compensation.rank, known)
+            except ConfigError as error:
+                raise ConfigError(f"per_layer.{layer}: {error}" if layer in config.per_layer else str(error)) from None

@@ -11,14 +11,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-
 from sere.conf.nested import describe_difference, digest_of
 from sere.conf.schema import GenerateConfig
 from sere.pipeline.data.scan import scan_input
 from sere.pipeline.data.source import Source
 from sere.pipeline.generate.attempts import read_attempts
 from sere.pipeline.generate.columns import check_columns, input_spec
+from sere.pipeline.generate.dispatch.work import Rows
 from sere.pipeline.generate.finish import finish, finish_settings
 from sere.pipeline.generate.identity import (
     BATCHING,
@@ -31,7 +30,7 @@ from sere.pipeline.generate.identity import (
 )
 from sere.pipeline.generate.left import read_batches
 from sere.pipeline.generate.monitor import Monitor
-from sere.pipeline.generate.parts import KEY, Finished, Parts
+from sere.pipeline.generate.parts import Finished, Parts
 from sere.pipeline.generate.preflight import (
     check_stats_dir,
     engine_arguments,
@@ -179,23 +178,18 @@ def _warn_of_mixing(config: GenerateConfig, earlier: list[Session], tracker: Nul
 def _work(job: _Job, finished: Finished, monitor: Monitor) -> None:
     """Run what is left through replicas."""
     from sere.pipeline.generate.dispatch.dispatcher import Dispatcher
+    from sere.pipeline.generate.dispatch.remaining import left_of, split
 
     config, source, parts = job.config, job.source, job.parts
     session = f"s{monitor.session.number:04d}-{job.folder.token}"
     starter = ReplicaStarter(config, job.engine_arguments, parts, source.schema, session=session, on_gpu=job.on_gpu)
     given_up = iter(range(10**6))
 
-    def give_up(table: pa.Table, why: str) -> None:
-        rows = [(0, row, Answer(error=why)) for row in range(len(table))]
-        answers = answer_table(rows, {0: table}, source.schema, config.id_column)
-        parts.write(f"{session}-driver-{next(given_up):06d}", answers)
-
-    def keys_written(name: str) -> set[tuple[str, int]]:
-        return {
-            key
-            for part in parts.names(f"{name}-")
-            for key in zip(*(column.to_pylist() for column in parts.read(part, KEY).select(KEY).columns), strict=True)
-        }
+    def give_up(rows: Rows, why: str) -> None:
+        table = rows.read()
+        answers = [(0, row, Answer(error=why)) for row in range(len(table))]
+        name = f"{session}-driver-{next(given_up):06d}"
+        parts.write(name, answer_table(answers, {0: table}, source.schema, config.id_column))
 
     dispatcher = Dispatcher(
         starter.start,
@@ -204,9 +198,9 @@ def _work(job: _Job, finished: Finished, monitor: Monitor) -> None:
         concurrent_batches=config.concurrent_batches,
         max_retries=config.max_retries,
         stall_timeout_s=config.stall_timeout_s,
-        tries=read_attempts(parts.storage),
-        keys_written=keys_written,
+        left_of=partial(left_of, parts),
         give_up=give_up,
+        split=partial(split, tries=read_attempts(parts.storage), max_retries=config.max_retries),
     )
     patience = _STOP_INTERRUPTED_S
     try:

@@ -11,6 +11,7 @@ from sere.conf.errors import ConfigError
 from sere.conf.schema import GenerateConfig
 from sere.pipeline.data.read import read_file
 from sere.pipeline.data.source import Source
+from sere.pipeline.generate.dispatch.work import Rows, cut
 from sere.pipeline.generate.parts import Finished
 
 # Small, so that the first rows of a large file arrive soon.
@@ -27,8 +28,10 @@ def _read(batch: dict[str, Any], *, source: Any, rows_per_table: int) -> Iterato
         yield from read_file(described, int(index), rows_per_table=rows_per_table, skip=finished.get(name))
 
 
-def read_batches(source: Source, finished: Finished, config: GenerateConfig) -> Iterator[pa.Table]:
-    """The rows that are not finished, `batch_size` at a time, in the input's order or by `order_by`."""
+def read_batches(source: Source, finished: Finished, config: GenerateConfig) -> Iterator[Rows]:
+    """The rows that are not finished, `batch_size` at a time, in the input's order or by `order_by`; they stay where Ray has
+    read them.
+    """
     import ray
     import ray.data
 
@@ -50,7 +53,9 @@ def read_batches(source: Source, finished: Finished, config: GenerateConfig) -> 
     rows = ray.data.from_items(left, override_num_blocks=len(left)).map_batches(read, batch_size=1, num_cpus=0.5)
     if config.order_by:
         rows = rows.sort(list(config.order_by))
+    bundles = rows.iter_internal_ref_bundles()
+    blocks = (Rows(((entry.ref, 0, entry.metadata.num_rows),)) for bundle in bundles for entry in bundle.blocks)
     try:
-        yield from rows.iter_batches(batch_size=config.batch_size, batch_format="pyarrow", prefetch_batches=2)
+        yield from cut((block for block in blocks if len(block)), config.batch_size)
     except ray.exceptions.RayTaskError as error:
         raise error.cause if isinstance(error.cause, ConfigError) else error.as_instanceof_cause() from None

@@ -1,6 +1,7 @@
 """What has to be right before engines start: the model, the settings, the cluster; and the arguments engines get."""
 
 import dataclasses
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from sere.pipeline.runtime.job_folder import JOB_FILE
 from sere.pipeline.runtime.model_facts import ModelFacts, read_model_facts
 from sere.pipeline.runtime.storage import Storage
 from sere.pipeline.tracking.registry import resolve_artifact
+
+_log = logging.getLogger(__name__)
 
 
 def read_facts(config: GenerateConfig) -> ModelFacts:
@@ -47,6 +50,9 @@ def prepare_reroute(config: GenerateConfig, facts: ModelFacts, scratch: Path) ->
     if config.reroute is None:
         return None, b""
     reroute, path = config.reroute.resolved(), None
+    if replaced := config.reroute.replaced_by_file:
+        shown = ", ".join(f"{key}={value}" for key, value in replaced.items())
+        _log.warning("policy_file %s stands in the place of %s", config.reroute.policy_file, shown)
     if reroute.needs_tables:
         assert reroute.similarity is not None
         path = resolve_artifact(reroute.similarity, tracking_uri=config.tracking.uri, folder=scratch)
@@ -67,14 +73,17 @@ def _check_reroute(config: RerouteConfig, facts: ModelFacts) -> None:
     for layer in (None, *config.per_layer):
         if layer is not None and facts.num_layers is not None and layer >= facts.num_layers:
             raise ConfigError(f"per_layer.{layer} names no layer: the model has {facts.num_layers} layers, from 0 on")
-        votes = config.rules(layer).votes
+        votes, where = config.rules(layer).votes, "" if layer is None else f"per_layer.{layer}: "
         most = max(top_k for _, top_k in votes.steps()) if votes.rule == "top" else 1
         if facts.top_k is not None and most > facts.top_k:
-            raise ConfigError(f"primary_top_k must be between 1 and the model's top_k ({facts.top_k}), got {most:g}")
+            raise ConfigError(f"{where}primary_top_k must be between 1 and the model's top_k ({facts.top_k}), got {most:g}")
         if votes.rule == "budget" and facts.experts_per_layer is not None and votes.budget > facts.experts_per_layer:
             raise ConfigError(
-                f"votes.budget must be at most the model's experts ({facts.experts_per_layer}), got {votes.budget}"
+                f"{where}votes.budget must be at most the model's experts ({facts.experts_per_layer}), got {votes.budget}"
             )
+    every = [config.rules(layer) for layer in (None, *config.per_layer)]
+    if facts.top_k is not None and config.policy != "none" and not any(r.changes_routing(facts.top_k) for r in every):
+        _log.warning("these settings of reroute change no routing: every row keeps all its %d experts", facts.top_k)
     if config.needs_tables:
         from sere.ops.policies.requirements import check_artifact
         from sere.ops.similarity import SimilarityArtifact

@@ -8,6 +8,7 @@ from typing import TypeVar
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_delay, wait_exponential_jitter
 
 from sere.conf.errors import ConfigError
+from sere.conf.masking import mask_uri
 
 PATIENCE_S = 60.0
 """A storage that answers again within this time was not away. Longer than a restart of a server, or a change of network."""
@@ -31,6 +32,20 @@ _FINAL = (
 # A full or read-only disk does not mend itself within a minute, and a name that is refused stays refused.
 _FINAL_NUMBERS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL, errno.EFBIG}
 _Result = TypeVar("_Result")
+
+
+class StorageError(ConfigError):
+    """A file cannot be read or written, also not after a while."""
+
+    def __init__(self, message: str, passes: bool = False) -> None:
+        """One line, and whether the same command may succeed later without anything being changed."""
+        super().__init__(message, passes)
+        self.passes = passes
+
+    def __str__(self) -> str:
+        return self.args[0]
+
+
 _log = logging.getLogger(__name__)
 
 
@@ -50,13 +65,13 @@ def patiently(call: Callable[[], _Result], *, what: str, patience_s: float = PAT
         patience_s: Seconds after which its error is raised.
 
     Raises:
-        Exception: what the last call raised.
+        StorageError: if it fails for good.
     """
 
     def say(state: RetryCallState) -> None:
         # Once: the next line is that it works, or an error.
         if state.attempt_number == 2 and state.outcome is not None:
-            _log.warning("%s: %s; tried again for %g s", what, state.outcome.exception(), patience_s)
+            _log.warning("%s: %s; tried again for %g s", what, mask_uri(str(state.outcome.exception())), patience_s)
 
     retrying = Retrying(
         retry=retry_if_exception(may_pass),
@@ -65,4 +80,15 @@ def patiently(call: Callable[[], _Result], *, what: str, patience_s: float = PAT
         before_sleep=say,
         reraise=True,
     )
-    return retrying(call)
+    try:
+        return retrying(call)
+    except ConfigError:
+        raise
+    except Exception as error:
+        reason = mask_uri((str(error).strip() or type(error).__name__).splitlines()[0])
+        if may_pass(error):
+            remedy = "run the same command again when the storage answers"
+            raise StorageError(f"{what} cannot be used ({reason}): {remedy}", True) from error
+        raise StorageError(
+            f"{what} cannot be used ({reason}): mend that, and run the same command again; what is finished is kept"
+        ) from error

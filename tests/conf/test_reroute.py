@@ -69,8 +69,8 @@ def test_every_name_makes_rules(name):
     [
         (dict(policy="sere"), "policy 'sere' needs similarity: the path of an artifact"),
         (dict(policy="sere_t"), "policy 'sere_t' needs similarity.*means"),
-        (dict(policy="xshare"), "votes.budget must be set, to the number of experts that stay active"),
-        (dict(policy="xshare", votes={"budget": 0}), "votes.budget must be set.*at least 1, got 0"),
+        (dict(policy="xshare"), "votes.budget, the number of experts that stay active, must be set to 1 or more, got None"),
+        (dict(policy="xshare", votes={"budget": 0}), "votes.budget, .*must be set to 1 or more, got None"),
         (dict(**OWN, votes={"rule": "share", "budget": 3}), "votes.budget is no dial of votes.rule=share"),
         (dict(**OWN, votes={"rule": "tpo"}), "votes.rule must be one of all, top, mass"),
         (dict(**OWN, votes={"mas": 1}), "unknown key 'votes.mas'.*did you mean 'mass'"),
@@ -92,7 +92,9 @@ def test_every_name_makes_rules(name):
         (dict(**OWN, primary_top_k=float("inf")), "primary_top_k must be at least 1 and finite, got inf"),
         (dict(**OWN, per_layer={1: {"vots": {}}}), "unknown key 'per_layer.1.vots'.*did you mean 'votes'"),
         (dict(**OWN, per_layer={1: {"primary_top_k": 0}}), "per_layer.1: primary_top_k must be at least 1"),
-        (dict(**OWN, policy_file="p.json"), "policy='oea' stands beside policy_file=p.json"),
+        (dict(per_layer={"0": {}, 0: {}}), "per_layer names layer 0 twice"),
+        (dict(**OWN, compensation={"rank": 2}), r"no dial of compensation.rule=none .*or set compensation.rule=surrogate"),
+        (dict(**OWN, votes={"rule": "budget", "budget": -3}), "votes.budget, the number of experts .*, got -3"),
     ],
 )
 def test_what_makes_no_sense(values, message):
@@ -107,7 +109,7 @@ def test_policy_file(tmp_path):
     assert (found.policy, found.primary_top_k, found.min_tokens, found.policy_file) == ("oea", 3, 7, None)
     assert found.rules(2).votes.primary_top_k == 4
     for content, message in (
-        ("{", "cannot be read as JSON"),
+        ("{", "is no JSON"),
         ("[]", "must hold keys and values"),
         ('{"min_tokens": 4}', "unknown key 'min_tokens' in policy_file"),
         ('{"policy": "sere_t"}', "policy_file .*policy 'sere_t' needs similarity"),
@@ -115,5 +117,25 @@ def test_policy_file(tmp_path):
         file.write_text(content)
         with pytest.raises(ConfigError, match=message):
             config(policy_file=str(file)).resolved()
-    with pytest.raises(ConfigError, match="cannot be read as JSON"):
+    with pytest.raises(ConfigError, match=r"none.json cannot be read \(No such file"):
         config(policy_file=str(tmp_path / "none.json")).resolved()
+
+
+def test_a_policy_file_replaces_all_of_its_keys(tmp_path):
+    """Also those of a shipped file that names a policy, which cannot be unsaid on the command line."""
+    file = tmp_path / "policy.json"
+    file.write_text('{"policy": "top_k"}')
+    found = config(policy="oea", primary_top_k=3, votes={"rule": "all"}, min_tokens=7, policy_file=str(file))
+    assert found.replaced_by_file == {"policy": "oea", "primary_top_k": 3, "votes": {"rule": "all"}}
+    assert found.resolved() == config(policy="top_k", min_tokens=7)
+    assert found.resolved().replaced_by_file == {}
+
+
+def test_a_layers_own_dial_comes_before_those_of_all_layers():
+    votes = {"rule": "top", "primary_top_k": 2.5, "by_batch": {1: 4, 16: 2.5}}
+    found = config(policy="oea", votes=votes, per_layer={0: {"primary_top_k": 4}, 1: {"votes": {"by_batch": {1: 5}}}})
+    assert list(found.rules(0).votes.steps()) == [(1, 4)] and list(found.rules(1).votes.steps()) == [(1, 5)]
+    assert found.rules(2) == found.rules(None)
+    targets = {"rule": "similar", "threshold": 0.3, "metric": "cka"}
+    found = config(policy="sere", similarity="x", targets=targets, per_layer={0: {"threshold": 0.7, "metric": "cosine"}})
+    assert (found.rules(0).targets.threshold, found.rules(0).targets.metric) == (0.7, "cosine")

@@ -1,28 +1,15 @@
 """What is tried again of the rows of a replica that died: all together, then by halves, until a row is known to be to blame."""
 
-from collections.abc import Collection
+from itertools import groupby
 
 import pyarrow as pa
 
 from sere.pipeline.generate.attempts import Tried, Tries
-from sere.pipeline.generate.dispatch.work import Batch
+from sere.pipeline.generate.dispatch.work import Batch, Rows
 from sere.pipeline.generate.parts import KEY
 
 
-def without(table: pa.Table, written: Collection[tuple[str, int]]) -> pa.Table:
-    """The rows that are in no part.
-
-    Args:
-        table: Rows with `source_file` and `source_row`.
-        written: Rows in parts, as pairs of the two.
-    """
-    if not written:
-        return table
-    keys = zip(*(table[column].to_pylist() for column in KEY), strict=True)
-    return table.filter(pa.array([key not in written for key in keys], pa.bool_()))
-
-
-def next_tries(batch: Batch, left: pa.Table, *, was_running: bool, max_retries: int) -> tuple[list[Batch], pa.Table | None]:
+def next_tries(batch: Batch, left: Rows, *, was_running: bool, max_retries: int) -> tuple[list[Batch], Rows | None]:
     """How the rows of a batch are tried again whose replica died.
 
     `max_retries` times they are tried as before, as most deaths are no row's fault. Then they are on their own on a replica,
@@ -50,25 +37,26 @@ def next_tries(batch: Batch, left: pa.Table, *, was_running: bool, max_retries: 
     return [Batch(left.slice(0, half), num_tries, alone=True), Batch(left.slice(half), num_tries, alone=True)], None
 
 
-def split_by_tries(table: pa.Table, tries: Tries, *, max_retries: int) -> list[Batch]:
+def split_by_tries(rows: Rows, keys: pa.Table, tries: Tries, *, max_retries: int) -> list[Batch]:
     """A batch as it is read: rows that earlier sessions died with apart, and on their own after as many as in `next_tries`.
 
     Args:
-        table: Rows with `source_file` and `source_row`.
+        rows: As they are read.
+        keys: Their `source_file` and `source_row`.
         tries: Of earlier sessions.
         max_retries: As in `next_tries`.
     """
-    if not tries:
-        return [Batch(table)]
-    keys = zip(*(table[column].to_pylist() for column in KEY), strict=True)
-    found = [tries.get(file, {}).get(row, Tried()) for file, row in keys]
-    batches = []
-    for tried in sorted(set(found)):
-        some = table.filter(pa.array([one == tried for one in found]))
+    places = zip(*(keys[column].to_pylist() for column in KEY), strict=True)
+    found = [tries.get(file, {}).get(row, Tried()) for file, row in places]
+    batches, start = [], 0
+    for tried, same in groupby(found):
+        length = len(list(same))
         alone = tried.num_tries >= max(1, max_retries)
         # All together, then by halves of what they were.
-        size = max(1, tried.num_alone // 2) if alone and tried.num_alone else max(1, len(some))
-        for start in range(0, len(some), size):
-            hopeless = alone and tried.num_alone == 1
-            batches.append(Batch(some.slice(start, size), tried.num_tries, alone=alone, hopeless=hopeless))
+        size = max(1, tried.num_alone // 2) if alone and tried.num_alone else length
+        hopeless = alone and tried.num_alone == 1
+        some = rows.slice(start, length)
+        groups = [some.slice(first, size) for first in range(0, length, size)]
+        batches += [Batch(group, tried.num_tries, alone=alone, hopeless=hopeless) for group in groups]
+        start += length
     return batches

@@ -7,19 +7,15 @@ not in them are tried again (`again`). Rows that must be alone have one replica 
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-import pyarrow as pa
-
 from sere.conf.errors import ConfigError
-from sere.pipeline.generate.attempts import Tries
-from sere.pipeline.generate.dispatch.again import next_tries, split_by_tries, without
+from sere.pipeline.generate.dispatch.again import next_tries
 from sere.pipeline.generate.dispatch.read_ahead import ReadAhead
 from sere.pipeline.generate.dispatch.starts import Starts
-from sere.pipeline.generate.dispatch.work import Batch, Death, Handle, death_of, reason
-from sere.pipeline.runtime.retries import may_pass
+from sere.pipeline.generate.dispatch.work import Batch, Death, Handle, Rows, death_of, reason
+from sere.pipeline.runtime.retries import StorageError
 
 _log = logging.getLogger(__name__)
 _POLL_S = 1.0
@@ -39,9 +35,9 @@ class Dispatcher:
         concurrent_batches: int,
         max_retries: int,
         stall_timeout_s: float,
-        keys_written: Callable[[str], set[tuple[str, int]]],
-        give_up: Callable[[pa.Table, str], None],
-        tries: Tries | None = None,
+        left_of: Callable[[str, Sequence[Rows]], tuple[int, list[Rows]]],
+        give_up: Callable[[Rows, str], None],
+        split: Callable[[Rows], list[Batch]],
     ) -> None:
         """No replica is started yet.
 
@@ -52,15 +48,14 @@ class Dispatcher:
             concurrent_batches: Batches a replica works on at once.
             max_retries: Times a row is tried again as before.
             stall_timeout_s: Seconds without progress after which a replica that has work counts as dead.
-            keys_written: The rows in the parts of the replica of this name, as (source_file, source_row).
+            left_of: Of the dead replica of this name, and the batches it had: rows in its parts, and rows that are not.
             give_up: Takes rows that will not be tried again, and why.
-            tries: Of earlier sessions.
+            split: Makes batches of the rows that are read together.
         """
         self._end, self._num_replicas = end, num_replicas
         self._concurrent_batches, self._max_retries = concurrent_batches, max_retries
         self._stall_timeout_s = stall_timeout_s
-        self._keys_written, self._give_up = keys_written, give_up
-        self._tries = tries or {}
+        self._left_of, self._give_up, self._split = left_of, give_up, split
         self.starts = Starts(start, end)
         self.replicas: dict[Any, Handle] = {}
         """Ready ones, by actor."""
@@ -77,17 +72,16 @@ class Dispatcher:
         self.finished: float | None = None
         """When everything was answered and written."""
 
-    def run(self, tables: Iterable[pa.Table]) -> Iterator[None]:
+    def run(self, rows: Iterable[Rows]) -> Iterator[None]:
         """Work until all rows are answered and written. Yields about once a second, for whoever watches.
 
         Args:
-            tables: Rows, a batch at a time.
+            rows: Those of a batch at a time.
 
         Raises:
             ConfigError: if replicas cannot start, or keep dying, or cannot write.
         """
-        split = partial(split_by_tries, tries=self._tries, max_retries=self._max_retries)
-        with ReadAhead(tables, split, size=self._num_replicas * self._concurrent_batches) as ahead:
+        with ReadAhead(rows, self._split, size=self._num_replicas * self._concurrent_batches) as ahead:
             for _ in range(self._num_replicas):
                 self.starts.add()
             polled = time.monotonic()
@@ -119,7 +113,7 @@ class Dispatcher:
                 return
             if batch.hopeless:
                 why = f"sessions ended {batch.num_tries} times while this row was being answered, the last times on its own"
-                self._give_up(batch.table, why)
+                self._give_up(batch.rows, why)
             elif batch.alone:
                 self._alone.append(batch)
                 return
@@ -150,7 +144,8 @@ class Dispatcher:
             handle.progressed = time.monotonic()
         handle.batches[number] = batch
         handle.running.add(number)
-        self._calls[handle.actor.generate.remote(number, batch.table, batch.num_tries, batch.alone)] = handle, number
+        spans, blocks = batch.rows.arguments()
+        self._calls[handle.actor.generate.remote(number, batch.num_tries, batch.alone, spans, *blocks)] = handle, number
 
     def _wait(self) -> None:
         import ray
@@ -190,13 +185,8 @@ class Dispatcher:
             handle.note(ray.get(ref))
         except ray.exceptions.RayTaskError as error:
             cause = error.cause
-            if isinstance(cause, OSError) and not may_pass(cause):
-                # A disk that is full or read-only is so for every replica.
-                raise ConfigError(
-                    f"replica {handle.name} on {handle.node} cannot write ({reason(error)}): make room, or make the output "
-                    "writable, and run the same command again; what is finished is kept"
-                ) from error
-            if isinstance(cause, ConfigError):
+            # A disk that is full or read-only is so for every replica; a storage that did not answer costs this one.
+            if isinstance(cause, ConfigError) and not (isinstance(cause, StorageError) and cause.passes):
                 raise cause from None
             self._bury(handle, Death(reason(error), is_rows_fault="EngineDead" in f"{type(cause).__name__} {error}"))
             return False
@@ -220,11 +210,10 @@ class Dispatcher:
         self.gone.append(handle)
         self._calls = {ref: call for ref, call in self._calls.items() if call[0] is not handle}
         self._polls = {ref: polled for ref, polled in self._polls.items() if polled is not handle}
-        written = self._keys_written(handle.name)
-        num_left = 0
-        for number, batch in handle.batches.items():
-            left = without(batch.table, written)
-            num_left += len(left)
+        numbers = list(handle.batches)
+        handle.num_written, lefts = self._left_of(handle.name, [handle.batches[number].rows for number in numbers])
+        for number, left in zip(numbers, lefts, strict=True):
+            batch = handle.batches[number]
             # A batch that was answered, and only not written, did not kill anything.
             was_running = number in handle.running and death.is_rows_fault
             again, given_up = next_tries(batch, left, was_running=was_running, max_retries=self._max_retries)
@@ -234,11 +223,9 @@ class Dispatcher:
                 why = f"the replica died {batch.num_tries + 1} times with this row, the last time with: {death.why}"
                 self._give_up(given_up, why)
                 self._num_given_up += len(given_up)
-        _log.warning(
-            "replica %s on %s died (%s); %d of its rows are tried again", handle.name, handle.node, death.why, num_left
-        )
+        what = f"replica {handle.name} on {handle.node} died ({death.why})"
+        _log.warning("%s; %d of its rows are tried again", what, sum(map(len, lefts)))
         handle.batches, handle.running = {}, set()
-        handle.num_written = len(written)
         self._count_death(death)
         self.num_replaced += 1
         self.starts.add()

@@ -2,13 +2,10 @@
 
 import queue
 import threading
-from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import pyarrow as pa
-
-from sere.pipeline.generate.dispatch.work import Batch
+from sere.pipeline.generate.dispatch.work import Batch, Rows
 
 
 class ReadAhead:
@@ -16,21 +13,21 @@ class ReadAhead:
 
     _END = object()
 
-    def __init__(self, tables: Iterable[pa.Table], split: Callable[[pa.Table], list[Batch]], *, size: int) -> None:
+    def __init__(self, rows: Iterable[Rows], split: Callable[[Rows], list[Batch]], *, size: int) -> None:
         """Nothing is read yet.
 
         Args:
-            tables: Rows, some at a time.
+            rows: Some at a time.
             split: Makes batches of them.
-            size: Most tables that wait.
+            size: Most of them that wait.
         """
         self._queue: queue.Queue[Any] = queue.Queue(maxsize=size)
-        self._tables, self._split = tables, split
-        self._ready: deque[Batch] = deque()
+        self._rows, self._split = rows, split
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._read, daemon=True)
         self._error: BaseException | None = None
-        self._is_read = False
+        self.is_finished = False
+        """Every batch was taken."""
 
     def __enter__(self) -> "ReadAhead":
         self._thread.start()
@@ -39,15 +36,11 @@ class ReadAhead:
     def __exit__(self, *_: object) -> None:
         self._stop.set()
 
-    @property
-    def is_finished(self) -> bool:
-        """Every batch was taken."""
-        return self._is_read and not self._ready
-
     def _read(self) -> None:
         try:
-            for table in self._tables:
-                self._put(table)
+            for rows in self._rows:
+                for batch in self._split(rows):
+                    self._put(batch)
                 if self._stop.is_set():
                     return
             self._put(self._END)
@@ -64,16 +57,16 @@ class ReadAhead:
 
     def take(self) -> Batch | None:
         """The next batch, if one is read within a moment: a replica has room for it."""
-        if not self._ready and not self._is_read:
-            try:
-                item = self._queue.get(timeout=0.05)
-            except queue.Empty:
-                return None
-            if item is self._END:
-                self._is_read = True
-            else:
-                self._ready.extend(self._split(item))
-        return self._ready.popleft() if self._ready else None
+        if self.is_finished:
+            return None
+        try:
+            item = self._queue.get(timeout=0.05)
+        except queue.Empty:
+            return None
+        if item is self._END:
+            self.is_finished = True
+            return None
+        return item
 
     def check(self) -> None:
         """Raise what reading raised, at once: engines may take minutes to start."""

@@ -1,6 +1,7 @@
-"""The nouns of this room: rows for a call, a replica as it is seen from here, and what became of one that died."""
+"""The nouns of this room: rows that lie elsewhere, a replica as it is seen from here, and what became of one that died."""
 
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,10 +9,63 @@ import pyarrow as pa
 
 
 @dataclass(frozen=True)
+class Rows:
+    """Rows in Ray's object store, somewhere in the cluster. Only whoever asks for them by `read` gets them."""
+
+    pieces: tuple[tuple[Any, int, int], ...] = ()
+    """Reference of a table, first row, and number of rows (above 0)."""
+
+    def __len__(self) -> int:
+        return sum(length for _, _, length in self.pieces)
+
+    def slice(self, start: int, length: int | None = None) -> "Rows":
+        """Some of them, in the same order."""
+        end = len(self) if length is None else start + length
+        found, position = [], 0
+        for block, offset, size in self.pieces:
+            first, last = max(start - position, 0), min(end - position, size)
+            if first < last:
+                found.append((block, offset + first, last - first))
+            position += size
+        return Rows(tuple(found))
+
+    def __add__(self, other: "Rows") -> "Rows":
+        return Rows(self.pieces + other.pieces)
+
+    def arguments(self) -> tuple[list[tuple[int, int]], list[Any]]:
+        """For a call of an actor: where the rows are in the tables, and the tables, which Ray brings to it."""
+        return [(offset, length) for _, offset, length in self.pieces], [block for block, _, _ in self.pieces]
+
+    def read(self) -> pa.Table:
+        """The rows themselves, in this process."""
+        import ray
+
+        spans, blocks = self.arguments()
+        return joined(spans, ray.get(blocks))
+
+
+def joined(spans: Iterable[tuple[int, int]], tables: Iterable[pa.Table]) -> pa.Table:
+    """The rows of `Rows.arguments`, where its references have become tables."""
+    return pa.concat_tables([table.slice(*span) for span, table in zip(spans, tables, strict=True)])
+
+
+def cut(blocks: Iterable[Rows], size: int) -> Iterator[Rows]:
+    """The same rows, so many at a time."""
+    left = Rows()
+    for block in blocks:
+        left += block
+        while len(left) >= size:
+            yield left.slice(0, size)
+            left = left.slice(size)
+    if len(left):
+        yield left
+
+
+@dataclass(frozen=True)
 class Batch:
     """Rows for one call of a replica."""
 
-    table: pa.Table
+    rows: Rows
     num_tries: int = 0
     """Replicas that died with these rows."""
     alone: bool = False

@@ -20,6 +20,7 @@ import pyarrow as pa
 from sere.conf.errors import ConfigError
 from sere.conf.schema import RerouteConfig
 from sere.pipeline.generate.attempts import Attempts
+from sere.pipeline.generate.dispatch.work import joined
 from sere.pipeline.generate.identity import SIMILARITY
 from sere.pipeline.generate.replica.answers import Answer, answer_table
 from sere.pipeline.generate.replica.engine import ReplicaEngine, why_not_started
@@ -105,18 +106,22 @@ class Replica:
         file.write_bytes(self._spec.parts.storage.get(name) or b"")
         return file
 
-    async def generate(self, number: int, table: pa.Table, num_tries: int, alone: bool) -> ReplicaStatus:
+    async def generate(
+        self, number: int, num_tries: int, alone: bool, spans: list[tuple[int, int]], *blocks: pa.Table
+    ) -> ReplicaStatus:
         """Answer a batch's rows. They are finished when this returns, and in a part when `written` has the batch's number.
 
         Args:
             number: Of the batch.
-            table: Rows with the input's columns and those that `read_file` adds.
             num_tries: Replicas that died with these rows.
             alone: This replica has no others meanwhile.
+            spans: First row and number of rows in each of the blocks.
+            blocks: Tables with the input's columns and those that `read_file` adds.
 
         Raises:
             vllm.v1.engine.exceptions.EngineDeadError: if the engine is dead: so is this replica then.
         """
+        table = joined(spans, blocks)
         self._tables[number] = table
         self._unwritten[number] = len(table)
         # Before the engine sees them.

@@ -1,12 +1,14 @@
 """How rows are tried again: a row that kills is found, and no other is given up."""
 
+from itertools import pairwise
+
 import pyarrow as pa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sere.pipeline.generate.attempts import Attempts, forget_attempts, read_attempts
-from sere.pipeline.generate.dispatch.again import next_tries, split_by_tries, without
-from sere.pipeline.generate.dispatch.work import Batch
+from sere.pipeline.generate.dispatch.again import next_tries, split_by_tries
+from sere.pipeline.generate.dispatch.work import Batch, Rows, cut, joined
 from sere.pipeline.runtime.storage import Storage
 from tests.examples import examples
 
@@ -16,8 +18,34 @@ def rows_of(numbers, file="f"):
     return pa.table({"source_file": pa.array([file] * len(numbers), pa.string()), "source_row": pa.array(numbers, pa.int64())})
 
 
-def numbers_of(table):
-    return table["source_row"].to_pylist()
+def lying(table):
+    """Rows as the dispatcher has them, but for Ray: the table itself in place of a reference."""
+    return Rows(((table, 0, len(table)),)) if len(table) else Rows()
+
+
+def table_of(rows):
+    spans, tables = rows.arguments()
+    return joined(spans, tables) if tables else rows_of([])
+
+
+def numbers_of(rows):
+    return table_of(rows)["source_row"].to_pylist()
+
+
+@settings(max_examples=examples(100))
+@given(lengths=st.lists(st.integers(1, 9), max_size=6), size=st.integers(1, 12), data=st.data())
+def test_rows_are_cut_and_joined(lengths, size, data):
+    """Whatever the tables are that they lie in."""
+    ends = [sum(lengths[:index]) for index in range(len(lengths) + 1)]
+    blocks = [lying(rows_of(range(first, last))) for first, last in pairwise(ends)]
+    batches = list(cut(blocks, size))
+    assert [number for batch in batches for number in numbers_of(batch)] == list(range(sum(lengths)))
+    assert all(len(batch) == size for batch in batches[:-1]) and all(0 < len(batch) <= size for batch in batches)
+    whole = sum(blocks, Rows())
+    start = data.draw(st.integers(0, len(whole)))
+    length = data.draw(st.none() | st.integers(0, len(whole)))
+    expected = list(range(len(whole)))[start : None if length is None else start + length]
+    assert numbers_of(whole.slice(start, length)) == expected and len(whole.slice(start, length)) == len(expected)
 
 
 @settings(max_examples=examples(100))
@@ -29,17 +57,17 @@ def numbers_of(table):
 )
 def test_only_rows_that_kill_are_given_up(size, poison, max_retries, accidents):
     """`accidents`: replicas that die with whatever they have, and no row is to blame."""
-    todo, answered, given_up, deaths = [Batch(rows_of(range(size)))], set(), set(), 0
+    todo, answered, given_up, deaths = [Batch(lying(rows_of(range(size))))], set(), set(), 0
     while todo:
         batch = todo.pop(0)
-        numbers = numbers_of(batch.table)
+        numbers = numbers_of(batch.rows)
         dies = poison & set(numbers)
         is_accident = not dies and deaths in accidents and not (batch.alone and len(numbers) == 1)
         if not dies and not is_accident:
             answered |= set(numbers)
             continue
         deaths += 1
-        again, lost = next_tries(batch, batch.table, was_running=True, max_retries=max_retries)
+        again, lost = next_tries(batch, batch.rows, was_running=True, max_retries=max_retries)
         todo += again
         given_up |= set(numbers_of(lost)) if lost is not None else set()
         assert deaths < 200
@@ -57,12 +85,12 @@ def test_a_row_that_kills_every_session_is_found(tmp_path_factory, size, poison,
         assert sessions < 60
         left = rows_of(number for number in range(size) if number not in answered | given_up)
         attempts = Attempts(storage, f"s{sessions}-0-r0")
-        for number, batch in enumerate(split_by_tries(left, read_attempts(storage), max_retries=max_retries)):
-            numbers = set(numbers_of(batch.table))
+        for number, batch in enumerate(split_by_tries(lying(left), left, read_attempts(storage), max_retries=max_retries)):
+            numbers = set(numbers_of(batch.rows))
             if batch.hopeless:
                 given_up |= numbers
                 continue
-            attempts.begin(number, batch.table, batch.num_tries, alone=batch.alone)
+            attempts.begin(number, table_of(batch.rows), batch.num_tries, alone=batch.alone)
             if numbers & poison:
                 break
             answered |= numbers
@@ -74,17 +102,14 @@ def test_a_row_that_kills_every_session_is_found(tmp_path_factory, size, poison,
     assert read_attempts(storage) == {}
 
 
-def test_rows_in_parts_are_not_tried_again():
-    table = pa.concat_tables([rows_of([3, 4]), rows_of([3], "g")])
-    assert without(table, {("f", 3), ("g", 4)}).to_pylist() == [
-        {"source_file": "f", "source_row": 4},
-        {"source_file": "g", "source_row": 3},
-    ]
-    assert next_tries(Batch(table), table.slice(0, 0), was_running=True, max_retries=3) == ([], None)
+def test_nothing_left_is_not_tried_again():
+    assert next_tries(Batch(lying(rows_of([1]))), Rows(), was_running=True, max_retries=3) == ([], None)
 
 
 def test_a_batch_that_was_answered_is_not_charged():
-    again, lost = next_tries(Batch(rows_of(range(4)), num_tries=2), rows_of([1]), was_running=False, max_retries=1)
+    again, lost = next_tries(
+        Batch(lying(rows_of(range(4))), num_tries=2), lying(rows_of([1])), was_running=False, max_retries=1
+    )
     assert (again[0].num_tries, again[0].alone, lost) == (2, False, None)
 
 
