@@ -247,9 +247,8 @@ def test_bad_input_is_raised(job, tmp_path):
         raise ConfigError("file x is damaged")
         yield
 
-    dispatcher = Dispatcher(
-        None, None, num_replicas=0, concurrent_batches=1, max_retries=0, stall_timeout_s=1, keys_written=None, give_up=None
-    )
+    nothing = dict(num_replicas=0, concurrent_batches=1, max_retries=0, stall_timeout_s=1)
+    dispatcher = Dispatcher(None, None, **nothing, left_of=None, give_up=None, split=None)
     with pytest.raises(ConfigError, match="file x is damaged"):
         for _ in dispatcher.run(broken()):
             pass
