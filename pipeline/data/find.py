@@ -3,13 +3,16 @@
 import glob
 import os
 import re
+from dataclasses import replace
 from typing import Any
 
 from sere.conf.errors import ConfigError
 from sere.conf.masking import mask_uri
+from sere.pipeline.data.hive import partition_of
 from sere.pipeline.data.hub import is_saved_dataset
+from sere.pipeline.data.opened import open_input
 from sere.pipeline.data.source import InputSpec, Kind, Source, SourceFile
-from sere.pipeline.runtime.storage import first_line, open_filesystem
+from sere.pipeline.runtime.storage import first_line
 
 _SUFFIXES: dict[str, Kind] = {
     ".parquet": "parquet",
@@ -32,9 +35,10 @@ def find_sources(spec: InputSpec) -> Source:
     """
     if spec.data_format == "huggingface" or (spec.data_format == "auto" and is_saved_dataset(spec.data)):
         return Source("huggingface", (SourceFile(spec.data_split, spec.data),), spec)
-    filesystem, root = open_filesystem(spec.data, spec.storage_options)
+    spec = replace(spec, data=_seen_from_anywhere(spec.data))
+    filesystem, root = open_input(spec)
     try:
-        paths = _list(filesystem, root)
+        base, paths = _list(filesystem, root)
     except Exception as error:
         # Every kind of storage has errors of its own.
         raise ConfigError(f"data {mask_uri(spec.data)} cannot be listed ({mask_uri(first_line(error))})") from error
@@ -53,20 +57,29 @@ def find_sources(spec: InputSpec) -> Source:
             f"{mask_uri(spec.data)} has files of several or unknown kinds ({shown}): set data_format, or give a glob"
         )
     shared = os.path.dirname(paths[0]) if len(paths) == 1 else os.path.commonpath(paths)
-    files = sorted((SourceFile(os.path.relpath(path, shared), path) for path in paths), key=lambda file: file.name)
-    return Source(kind, tuple(files), spec)
+    files = [SourceFile(os.path.relpath(path, shared), path, partition=partition_of(path, base)) for path in paths]
+    return Source(kind, tuple(sorted(files, key=lambda file: file.name)), spec)
 
 
-def _list(filesystem: Any, root: str) -> list[str]:
+def _list(filesystem: Any, root: str) -> tuple[str, list[str]]:
+    """The files, and the folder below which what folders are called was found rather than given."""
     if glob.has_magic(root) and not filesystem.exists(root):
-        return sorted(path for path in filesystem.glob(root) if filesystem.isfile(path))
+        parts = root.split("/")
+        given = next(number for number, part in enumerate(parts) if glob.has_magic(part))
+        return "/".join(parts[:given]), sorted(path for path in filesystem.glob(root) if filesystem.isfile(path))
     if filesystem.isfile(root):
-        return [root]
+        return os.path.dirname(root), [root]
     if not filesystem.isdir(root):
-        return []
+        return root, []
     found = [path for path in filesystem.find(root) if _kind(path) is not None]
-    below = len(root.rstrip("/")) + 1
-    return sorted(path for path in found if not any(part[:1] in "._" for part in path[below:].split("/")))
+    below = len(root.rstrip("/")) + 1 if root else 0
+    return root, sorted(path for path in found if not any(part[:1] in "._" for part in path[below:].split("/")))
+
+
+def _seen_from_anywhere(data: str) -> str:
+    """A chain of URIs whose last is a local path, with that one absolute: workers have other working directories."""
+    *chain, last = data.split("::")
+    return "::".join([*chain, os.path.abspath(last)]) if chain and "://" not in last and os.path.exists(last) else data
 
 
 def _kind(path: str) -> Kind | None:

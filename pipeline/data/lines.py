@@ -3,27 +3,25 @@
 import csv
 import io
 import json
+import math
 import re
 from collections.abc import Iterator
+from decimal import Decimal
 from typing import Any
 
-import pyarrow as pa
-
+from sere.pipeline.data.opened import open_lines
 from sere.pipeline.data.source import Source, SourceFile
-from sere.pipeline.runtime.storage import open_filesystem
 
+Row = tuple[dict[str, Any] | None, str]
 # Bytes that are not UTF-8, as "surrogateescape" decodes them.
 _NOT_UTF8 = re.compile("[\udc80-\udcff]")
+# Half of a character, as JSON may write it; mostly the other half follows.
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
-def read_lines(source: Source, file: SourceFile) -> Iterator[tuple[dict[str, Any] | None, str]]:
+def read_lines(source: Source, file: SourceFile) -> Iterator[Row]:
     """Rows of a file of lines, and what is wrong with each: a bad one has no columns."""
-    filesystem, _ = open_filesystem(source.spec.data, source.spec.storage_options)
-    zstd = file.path.endswith(".zst")
-    with filesystem.open(file.path, "rb", compression=None if zstd else "infer") as opened:
-        # fsspec needs one more package for zstd; pyarrow does not.
-        raw = pa.CompressedInputStream(opened, "zstd") if zstd else opened
-        lines = io.TextIOWrapper(raw, encoding="utf-8-sig", errors="surrogateescape", newline="")
+    with open_lines(source.spec, file.path) as lines:
         if source.kind == "text":
             for number, line in enumerate(lines, start=1):
                 if _NOT_UTF8.search(line):
@@ -33,27 +31,62 @@ def read_lines(source: Source, file: SourceFile) -> Iterator[tuple[dict[str, Any
         elif source.kind == "csv":
             yield from _csv_rows(lines, "\t" if ".tsv" in file.path else ",")
         else:
-            for number, line in enumerate(lines, start=1):
-                if not line.strip():
-                    continue
-                if _NOT_UTF8.search(line):
-                    yield None, f"line {number} is not UTF-8"
-                    continue
-                try:
-                    row = json.loads(line)
-                except (ValueError, RecursionError):
-                    row = None
-                if number == 1 and (isinstance(row, list) or line.strip() == "["):
-                    raise ValueError("it is one JSON array, where one object a line is needed: jq -c '.[]' converts it")
-                good = isinstance(row, dict)
-                yield (row if good else None), ("" if good else f"line {number} is not a JSON object")
+            yield from _json_rows(lines)
 
 
-def _csv_rows(lines: io.TextIOWrapper, delimiter: str) -> Iterator[tuple[dict[str, Any] | None, str]]:
+def _json_rows(lines: io.TextIOWrapper) -> Iterator[Row]:
+    is_first = True
+    for number, line in enumerate(lines, start=1):
+        text = line.strip()
+        if not text:
+            continue
+        if is_first and text.startswith("["):
+            raise ValueError("it is one JSON array, where one object a line is needed: jq -c '.[]' converts it")
+        if is_first and text == "{":
+            raise ValueError("its objects are indented, where one object a line is needed: jq -c . converts it")
+        is_first = False
+        yield _json_row(line, number)
+
+
+def _json_row(line: str, number: int) -> Row:
+    if _NOT_UTF8.search(line):
+        return None, f"line {number} is not UTF-8"
+    try:
+        row = _DECODER.decode(line)
+        if not isinstance(row, dict):
+            return None, f"line {number} is not a JSON object"
+        if _SURROGATE.search(line):
+            json.dumps(row, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError:
+        return None, f"line {number} has half of a surrogate pair, which is no text"
+    except (ValueError, ArithmeticError, RecursionError):
+        return None, f"line {number} is not a JSON object"
+    return row, ""
+
+
+def _number(text: str) -> float | Decimal:
+    """A number with a point or an exponent: what a double does not hold stays what it is.
+
+    A double that is written with all of its 17 digits is that double.
+    """
+    value = float(text)
+    if len(text) <= 16 and "e" not in text and "E" not in text:
+        # 15 digits at most: every such number has a double of its own.
+        return value
+    exact = Decimal(text)
+    return value if math.isfinite(value) and exact in (Decimal(repr(value)), Decimal(f"{value:.16e}")) else exact
+
+
+_DECODER = json.JSONDecoder(parse_float=_number)
+
+
+def _csv_rows(lines: io.TextIOWrapper, delimiter: str) -> Iterator[Row]:
     # A field may hold a long document.
     csv.field_size_limit(2**31 - 1)
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
-    header = next(reader, [])
+    header = next((fields for fields in reader if fields), [])
+    if any(map(_NOT_UTF8.search, header)):
+        raise ValueError("its header is not UTF-8")
     if len(set(header)) < len(header):
         name = next(name for name in header if header.count(name) > 1)
         raise ValueError(f"two columns are named {name!r}")

@@ -1,13 +1,11 @@
-"""Reads a file: once to describe it, once more for its rows as tables. Plain functions; Ray tasks call them.
+"""Reads a file's rows as tables. Plain functions; Ray tasks call them.
 
 Every row has a place that never changes: the name of its file and its position in it. Rows that cannot be read keep their
 place, with the reason in column `sere_problem`.
 """
 
-import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -17,40 +15,15 @@ import pyarrow.parquet as pq
 
 from sere.conf.errors import ConfigError
 from sere.conf.masking import mask_uri
+from sere.pipeline.data.fit import fit
+from sere.pipeline.data.hive import add_partition
 from sere.pipeline.data.hub import load_dataset
+from sere.pipeline.data.infer import array_of, infer_schema, storable
 from sere.pipeline.data.lines import read_lines
+from sere.pipeline.data.opened import fingerprint_of, open_input, stamp_of
 from sere.pipeline.data.source import PLACE, PROBLEM, Source, SourceFile
-from sere.pipeline.data.widen import array_of, fit, plain, schema_of, widen
-from sere.pipeline.runtime.storage import first_line, open_filesystem
-
-_SCAN_ROWS = 5_000
-# What stores call that which changes with a file's content.
-_TAGS = ("ETag", "etag", "md5Hash", "Content-MD5", "LastModified", "Last-Modified", "mtime", "created")
-
-
-def describe_file(source: Source, index: int) -> SourceFile:
-    """Read a file once: its rows, its fingerprint, its columns.
-
-    Raises:
-        ConfigError: if it cannot be read.
-    """
-    file = source.files[index]
-    with naming_file(file):
-        if source.kind == "huggingface":
-            dataset = load_dataset(source.spec)
-            schema = dataset.features.arrow_schema.remove_metadata()
-            return replace(file, num_rows=len(dataset), fingerprint=dataset._fingerprint, schema=plain(schema))
-        filesystem, _ = open_filesystem(source.spec.data, source.spec.storage_options)
-        described = replace(file, fingerprint=_fingerprint(filesystem, file.path))
-        if source.kind == "parquet":
-            with filesystem.open(file.path, "rb") as opened, pq.ParquetFile(opened) as parquet:
-                return replace(described, num_rows=parquet.metadata.num_rows, schema=plain(parquet.schema_arrow))
-        num_rows, schema = 0, None
-        rows = read_lines(source, file)
-        while chunk := list(islice(rows, _SCAN_ROWS)):
-            num_rows += len(chunk)
-            schema = widen(schema, schema_of([row for row, _ in chunk if row is not None]))
-        return replace(described, num_rows=num_rows, schema=schema or pa.schema([]))
+from sere.pipeline.data.widen import plain_schema
+from sere.pipeline.runtime.storage import first_line
 
 
 @contextmanager
@@ -62,7 +35,7 @@ def naming_file(file: SourceFile) -> Iterator[None]:
         raise
     except Exception as error:
         # Arrow, file systems and decompression have errors of their own.
-        reason = mask_uri(first_line(error))
+        reason = "it is not there" if isinstance(error, FileNotFoundError) else mask_uri(first_line(error))
         raise ConfigError(f"{mask_uri(file.path)} cannot be read ({reason}): mend the file, or leave it out of data") from error
 
 
@@ -76,12 +49,13 @@ def read_file(source: Source, index: int, *, rows_per_table: int, skip: np.ndarr
         skip: int64, sorted: positions that are left out.
 
     Raises:
-        ConfigError: if the file cannot be read.
+        ConfigError: if the file cannot be read, or is not what was described.
     """
     assert source.schema is not None
     file = source.files[index]
     start = 0
     with naming_file(file):
+        _check_unchanged(source, file)
         for table, problems in read_tables(source, file, rows_per_table):
             table = table.slice(0, file.num_rows - start)
             positions = np.arange(start, start + len(table))
@@ -98,7 +72,25 @@ def read_file(source: Source, index: int, *, rows_per_table: int, skip: np.ndarr
                 yield whole.filter(pa.array(keep))
             if start >= file.num_rows:
                 return
-        raise ConfigError(f"{file.name} has become shorter: it had {file.num_rows} rows, and now {start}")
+        raise _changed(file, f"it had {file.num_rows} rows, and now {start}")
+
+
+def _check_unchanged(source: Source, file: SourceFile) -> None:
+    """Without reading it, unless the file system says that it may have changed.
+
+    Raises:
+        ConfigError: if it has.
+    """
+    if file.stamp:
+        filesystem, _ = open_input(source.spec)
+        if stamp_of(filesystem, file.path) != file.stamp and fingerprint_of(filesystem, file.path) != file.fingerprint:
+            raise _changed(file, "it holds other bytes")
+
+
+def _changed(file: SourceFile, how: str) -> ConfigError:
+    return ConfigError(
+        f"{mask_uri(file.path)} has changed since the job looked at it ({how}): put it back, or begin anew with overwrite=true"
+    )
 
 
 def read_tables(source: Source, file: SourceFile, rows_per_table: int) -> Iterator[tuple[pa.Table, list[str] | None]]:
@@ -109,35 +101,53 @@ def read_tables(source: Source, file: SourceFile, rows_per_table: int) -> Iterat
         file: One of its files.
         rows_per_table: Most rows of a table.
     """
+    for table, problems in _read_plain(source, file, rows_per_table):
+        num_rows = len(table) if problems is None else len(problems)
+        yield add_partition(table, num_rows, file, source.schema), problems
+
+
+def _read_plain(source: Source, file: SourceFile, rows_per_table: int) -> Iterator[tuple[pa.Table, list[str] | None]]:
+    """Without the columns that folders give."""
     if source.kind == "huggingface":
         dataset = load_dataset(source.spec).with_format("arrow")
         for start in range(0, len(dataset), rows_per_table):
             yield dataset[start : start + rows_per_table], None
     elif source.kind == "parquet":
-        filesystem, _ = open_filesystem(source.spec.data, source.spec.storage_options)
+        filesystem, _ = open_input(source.spec)
         with filesystem.open(file.path, "rb") as opened, pq.ParquetFile(opened) as parquet:
+            if file.schema is not None and not plain_schema(parquet.schema_arrow).equals(file.schema):
+                raise _changed(file, "it holds other columns")
             for batch in parquet.iter_batches(batch_size=rows_per_table):
                 yield pa.Table.from_batches([batch]), None
     else:
         rows = read_lines(source, file)
         while chunk := list(islice(rows, rows_per_table)):
             dicts, problems = [row or {} for row, _ in chunk], [problem for _, problem in chunk]
-            schema = source.schema if source.schema is not None else schema_of(dicts)
-            arrays = [array_of([row.get(field.name) for row in dicts], field.type) for field in schema]
-            if source.kind == "json" and source.spec.checks_text:
-                name = source.spec.text_column
-                for index, row in enumerate(dicts):
-                    value = row.get(name)
-                    if value is not None and not isinstance(value, str):
-                        problems[index] = f"{name} is not text but {type(value).__name__}"
-            yield pa.table(arrays, schema=schema), problems
+            yield _lines_table(source, file, dicts), _check_text(source, dicts, problems)
 
 
-def _fingerprint(filesystem: Any, path: str) -> str:
-    if "file" not in filesystem.protocol:
-        # fsspec's `ukey` covers all that a store says, which is more when a file is asked for than when its folder is listed.
-        info = filesystem.info(path)
-        tag = next((info[name] for name in _TAGS if info.get(name)), None)
-        return f"{info.get('size')} bytes, {tag}" if tag else str(filesystem.ukey(path))
-    with open(path, "rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+def _lines_table(source: Source, file: SourceFile, rows: list[dict[str, Any]]) -> pa.Table:
+    if source.schema is None:
+        schema = storable(infer_schema(rows, {}))
+    else:
+        schema = pa.schema([field for field in source.schema if field.name not in file.partition])
+        unknown = {name for row in rows for name in row}.difference(schema.names)
+        if unknown:
+            raise _changed(file, f"it had no column {min(unknown)!r}")
+    arrays = []
+    for field in schema:
+        try:
+            arrays.append(array_of([row.get(field.name) for row in rows], field.type))
+        except ValueError as error:
+            raise _changed(file, f"column {field.name!r}: {error}") from error
+    return pa.table(arrays, schema=schema)
+
+
+def _check_text(source: Source, rows: list[dict[str, Any]], problems: list[str]) -> list[str]:
+    if source.kind != "json" or not source.spec.checks_text:
+        return problems
+    name = source.spec.text_column
+    return [
+        problem if row.get(name) is None or isinstance(row[name], str) else f"{name} is not text but {type(row[name]).__name__}"
+        for row, problem in zip(rows, problems, strict=True)
+    ]

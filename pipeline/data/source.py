@@ -8,6 +8,9 @@ import pyarrow as pa
 from sere.conf.schema import DataFormat
 
 Kind = Literal["parquet", "json", "csv", "text", "huggingface"]
+Bounds = dict[str, tuple[int, int]]
+"""Lowest and highest integer of columns, and of what is nested in them (`COLUMN.item` of a list, `COLUMN.FIELD`); of instants
+and spans of time in nanoseconds. What is not there is not known."""
 PROBLEM = "sere_problem"
 """Column of the reader: what is wrong with a row that cannot be read, "" if nothing is."""
 FILE_NUMBER = "sere_file"
@@ -44,6 +47,12 @@ class SourceFile:
     fingerprint: str = ""
     """Of the contents, where they can be read cheaply; else what the file system says changes with them."""
     schema: pa.Schema | None = None
+    """Of the file alone, without its partition."""
+    bounds: Bounds = field(default_factory=dict)
+    stamp: str = ""
+    """What the file system says changes with the contents; "" where it says nothing that can be relied on."""
+    partition: dict[str, str | None] = field(default_factory=dict)
+    """Columns that the names of its folders give: `split=train/`."""
 
 
 @dataclass(frozen=True)
@@ -63,4 +72,7 @@ class Source:
     @property
     def fingerprints(self) -> dict[str, str]:
         """Per file what tells it from another of the same name."""
-        return {file.name: f"{file.num_rows} rows, {file.fingerprint}" for file in self.files}
+        return {
+            file.name: ", ".join([f"{file.num_rows} rows", file.fingerprint, *(f"{k}={v}" for k, v in file.partition.items())])
+            for file in self.files
+        }

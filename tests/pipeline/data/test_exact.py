@@ -1,0 +1,366 @@
+"""No value of the input becomes another one, whatever types its column has in other files and other rows."""
+
+import json
+import math
+from decimal import Decimal
+from fractions import Fraction
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sere.conf.errors import ConfigError
+from sere.pipeline.data.source import PLACE
+from tests.examples import examples
+from tests.pipeline.data.opening import open_source, read
+
+BIG = 2**53 + 1
+
+
+def columns_of(folder, rows_per_table=3):
+    """The schema and all rows of a folder of files."""
+    source = open_source(folder)
+    rows = [row for index in range(len(source.files)) for row in read(source, index, rows_per_table=rows_per_table)]
+    return source.schema, rows
+
+
+def write(folder, *columns, **options):
+    for number, column in enumerate(columns):
+        prompt = pa.array(["p"] * len(column), pa.string())
+        pq.write_table(pa.table({"prompt": prompt, "x": column}), folder / f"{number}.parquet", **options)
+
+
+def values_of(folder, *columns, **options):
+    write(folder, *columns, **options)
+    schema, rows = columns_of(folder)
+    return schema.field("x").type, [row["x"] for row in rows]
+
+
+def test_an_id_that_is_float_in_another_file_is_not_rounded(tmp_path):
+    kind, values = values_of(tmp_path, pa.array([BIG, None]), pa.array([12.0, 1.5, None, float("nan")]))
+    assert kind == pa.string() and values == [str(BIG), None, "12.0", "1.5", None, "NaN"]
+
+
+@pytest.mark.parametrize("statistics", [True, False])
+def test_integers_beside_floats_are_floats_where_all_are_known_to_fit(tmp_path, statistics):
+    kind, values = values_of(tmp_path, pa.array([3, None]), pa.array([1.5]), write_statistics=statistics)
+    assert (kind, values) == ((pa.float64(), [3.0, None, 1.5]) if statistics else (pa.string(), ["3", None, "1.5"]))
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "kind"),
+    [
+        (pa.array([2**63], pa.uint64()), pa.array([-1]), pa.string()),
+        (pa.array([7], pa.uint64()), pa.array([-1]), pa.int64()),
+        (pa.array([2**63], pa.uint64()), pa.array([1]), pa.uint64()),
+        (pa.array([2**32 - 1], pa.uint32()), pa.array([-1], pa.int32()), pa.int64()),
+        (pa.array([BIG]), pa.nulls(1), pa.int64()),
+        (pa.array([BIG]), pa.array([None], pa.float64()), pa.string()),
+        (pa.array([None], pa.int64()), pa.array([0.5]), pa.float64()),
+        (pa.array([2**31 - 1], pa.int32()), pa.array([0.1], pa.float32()), pa.float64()),
+        (pa.array([Decimal("1.10")]), pa.array([0.1]), pa.string()),
+        (pa.array([Decimal("1.10")]), pa.array([2**63 - 1]), pa.decimal128(21, 2)),
+        (pa.array([Decimal("1.10")]), pa.array([Decimal("12345.678")]), pa.decimal128(8, 3)),
+        (pa.array([Decimal("1.10")], pa.decimal128(38, 2)), pa.array([Decimal("0.001")]), pa.decimal256(39, 3)),
+        (pa.array([1], pa.timestamp("ms")), pa.array([1], pa.timestamp("ns")), pa.timestamp("ns")),
+        (pa.array([253402300799000000], pa.timestamp("us")), pa.array([1], pa.timestamp("ns")), pa.string()),
+        (
+            pa.array([1], pa.timestamp("us", "Europe/Berlin")),
+            pa.array([1], pa.timestamp("us", "UTC")),
+            pa.timestamp("us", "UTC"),
+        ),
+        (pa.array([1], pa.timestamp("us")), pa.array([1], pa.timestamp("us", "UTC")), pa.string()),
+        (pa.array(["a"]), pa.array([b"\xff"]), pa.binary()),
+        (pa.array([[BIG]]), pa.array([[0.5]]), pa.string()),
+        (pa.array([{"a": BIG, "b": 1}]), pa.array([{"a": BIG, "b": 0.5}]), pa.struct([("a", pa.int64()), ("b", pa.float64())])),
+        (pa.array([{"a": BIG}]), pa.array([{"a": 0.5}]), pa.string()),
+        (pa.array([{"a": BIG}]), pa.array([{"b": 0.5}]), pa.struct([("a", pa.int64()), ("b", pa.float64())])),
+        (pa.array([True]), pa.array([1]), pa.string()),
+    ],
+)
+def test_types_of_several_files(tmp_path, one, other, kind):
+    for columns in ((one, other), (other, one)):
+        write(tmp_path, *columns)
+        schema, _ = columns_of(tmp_path)
+        check(tmp_path, columns)
+        # Fields of structs are in the order of the files.
+        found = schema.field("x").type
+        assert found == kind or (pa.types.is_struct(kind) and sorted(map(str, found)) == sorted(map(str, kind)))
+
+
+def test_bytes_beside_numbers_are_refused_by_name(tmp_path):
+    match = r"column 'x' is int64 in \S*0.parquet and binary in \S*1.parquet, and no type holds both as they are: convert one"
+    with pytest.raises(ConfigError, match=match):
+        values_of(tmp_path, pa.array([1]), pa.array([b"a"]))
+
+
+INTEGERS = st.sampled_from([0, 1, -1, 127, 2**31, 2**53, BIG, -BIG, 2**63 - 1, -(2**63), 2**63, 2**64 - 1]) | st.integers(-9, 9)
+
+
+def of(kind, values):
+    return st.tuples(st.just(kind), st.lists(st.none() | values, min_size=1, max_size=4))
+
+
+def decimals(precision, scale):
+    most = 10**precision - 1
+    return of(
+        pa.decimal128(precision, scale) if precision <= 38 else pa.decimal256(precision, scale),
+        (st.integers(-most, most) | st.sampled_from([most, -most, 1])).map(lambda n: Decimal(f"{n}e-{scale}")),
+    )
+
+
+def integers(kind):
+    low = -(2 ** (kind.bit_width - 1)) if pa.types.is_signed_integer(kind) else 0
+    return of(kind, INTEGERS.filter(lambda n: low <= n < low + 2**kind.bit_width))
+
+
+# Up to the year 9999, which no nanosecond of 64 bits is in.
+INSTANTS = st.integers(-(10**10), 2 * 10**11)
+LONG = st.sampled_from([1, -5, BIG, 2**63 - 1])
+DOUBLES = st.floats() | st.sampled_from([0.1, 12.0, 2.0**53, 1e300])
+WORDS = st.text(max_size=3)
+COLUMNS = st.one_of(
+    *(integers(kind()) for kind in (pa.int8, pa.uint8, pa.int16, pa.int32, pa.uint32, pa.int64, pa.int64, pa.int64, pa.uint64)),
+    of(pa.float64(), DOUBLES),
+    of(pa.float64(), DOUBLES),
+    of(pa.float32(), st.floats(width=32)),
+    of(pa.float16(), st.floats(width=16)),
+    *(decimals(*sizes) for sizes in ((4, 2), (20, 0), (38, 10), (38, 38), (60, 5))),
+    of(pa.bool_(), st.booleans()),
+    *(of(kind, WORDS) for kind in (pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int8(), pa.string()))),
+    *(of(kind, st.binary(max_size=3)) for kind in (pa.binary(), pa.large_binary(), pa.binary_view())),
+    of(pa.binary(2), st.binary(min_size=2, max_size=2)),
+    *(of(pa.timestamp("ms", zone), INSTANTS) for zone in (None, "UTC", "Europe/Berlin")),
+    *(of(pa.timestamp(unit, zone), INSTANTS.map(lambda n: n * 999)) for unit in ("us", "ns") for zone in (None, "UTC")),
+    of(pa.date32(), st.integers(-9999, 99999)),
+    of(pa.time32("ms"), st.integers(0, 86_399_999)),
+    of(pa.time64("ns"), st.integers(0, 86_399_999_999_999)),
+    *(of(pa.duration(unit), LONG) for unit in ("s", "us", "ns")),
+    of(pa.list_(pa.int64()), st.lists(LONG | st.none(), max_size=3)),
+    of(pa.list_(pa.float64()), st.lists(DOUBLES, max_size=3)),
+    of(pa.large_list(pa.string()), st.lists(WORDS, max_size=3)),
+    # Without nulls: Arrow does not read them.
+    st.tuples(st.just(pa.list_(pa.int64(), 2)), st.lists(st.lists(LONG, min_size=2, max_size=2), min_size=1)),
+    of(pa.struct([("a", pa.int64()), ("b", pa.string())]), st.fixed_dictionaries({"a": LONG, "b": WORDS})),
+    of(
+        pa.struct([("a", pa.float64()), ("c", pa.list_(pa.int64()))]),
+        st.fixed_dictionaries({"a": DOUBLES, "c": st.just([1])}),
+    ),
+    of(pa.list_(pa.struct([("a", pa.int64())])), st.lists(st.fixed_dictionaries({"a": LONG}), max_size=2)),
+    of(pa.list_(pa.struct([("a", pa.float64())])), st.lists(st.fixed_dictionaries({"a": DOUBLES}), max_size=2)),
+    of(pa.struct([("a", pa.decimal128(10, 2))]), st.fixed_dictionaries({"a": st.just(Decimal("1.10"))})),
+    of(pa.map_(pa.string(), pa.int64()), st.lists(st.tuples(WORDS, LONG), max_size=2)),
+    of(pa.map_(pa.string(), pa.float64()), st.lists(st.tuples(WORDS, DOUBLES), max_size=2)),
+    of(pa.null(), st.none()),
+)
+NS = {"s": 10**9, "ms": 10**6, "us": 10**3, "ns": 1}
+
+
+def number(value, is_text=False):
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return Fraction(repr(value) if is_text and isinstance(value, float) else value)
+
+
+def meaning(value, is_text=False):
+    """What an Arrow scalar says, whatever type says it; or what its text does, where a float is the shortest that gives it."""
+    kind = value.type
+    if isinstance(value, pa.ExtensionScalar | pa.DictionaryScalar):
+        return meaning(value.value, is_text) if value.is_valid else None
+    if not value.is_valid:
+        return None
+    if pa.types.is_map(kind):
+        return [(meaning(item["key"], is_text), meaning(item["value"], is_text)) for item in value.values]
+    if pa.types.is_struct(kind):
+        return {name: found for name in value if (found := meaning(value[name], is_text)) is not None}
+    if pa.types.is_nested(kind):
+        return [meaning(item, is_text) for item in value.values]
+    if pa.types.is_timestamp(kind) or pa.types.is_duration(kind):
+        return str(kind)[:4], value.value * NS[kind.unit], getattr(kind, "tz", None) is None
+    if pa.types.is_time(kind):
+        return "time", value.value * NS[kind.unit]
+    found = value.as_py()
+    if isinstance(found, str):
+        return found
+    return number(found, is_text) if isinstance(found, float | Decimal | int) and not isinstance(found, bool) else found
+
+
+def parsed(value):
+    """What JSON text says, with numbers as exact as they are written."""
+    if isinstance(value, list):
+        return [parsed(item) for item in value]
+    if isinstance(value, dict):
+        return {name: parsed(item) for name, item in value.items() if item is not None}
+    return value if value is None or isinstance(value, str | bool) else number(value)
+
+
+def tuples_as_lists(value):
+    if isinstance(value, list | tuple) and not (isinstance(value, tuple) and len(value) == 3):
+        return [tuples_as_lists(item) for item in value]
+    return {name: tuples_as_lists(item) for name, item in value.items()} if isinstance(value, dict) else value
+
+
+def check(folder, columns):
+    """Every value of the columns of `write` is there, as itself or as text that says the same."""
+    source = open_source(folder)
+    from sere.pipeline.data.read import read_file
+
+    for index, column in enumerate(columns):
+        tables = list(read_file(source, index, rows_per_table=2))
+        found = [value for table in tables for value in table["x"].combine_chunks()]
+        assert all(table.schema.field("x").type == source.schema.field("x").type for table in tables)
+        assert len(found) == len(column)
+        for value, wrote in zip(found, column, strict=True):
+            assert value.is_valid == wrote.is_valid
+            if not wrote.is_valid or meaning(value) == meaning(wrote):
+                continue
+            kind = wrote.type
+            if pa.types.is_binary(value.type) or pa.types.is_large_binary(value.type):
+                assert value.as_py() == wrote.as_py().encode()
+            elif pa.types.is_duration(kind):
+                assert value.as_py() == f"{wrote.value} {kind.unit}"
+            elif pa.types.is_temporal(kind):
+                assert value.as_py() == wrote.cast(pa.string()).as_py()
+            else:
+                assert pa.types.is_string(value.type) or pa.types.is_large_string(value.type)
+                assert parsed(json.loads(value.as_py(), parse_float=Decimal)) == tuples_as_lists(meaning(wrote, is_text=True))
+
+
+def wide(text):
+    """A number that is written as a double's text is that double."""
+    return float(text) if repr(float(text)) == text else Decimal(text)
+
+
+@settings(max_examples=examples(300), deadline=None)
+@given(
+    drawn=st.lists(COLUMNS, min_size=1, max_size=4),
+    options=st.fixed_dictionaries({"write_statistics": st.booleans(), "row_group_size": st.sampled_from([1, 2, 100])}),
+)
+def test_columns_of_parquet_files(tmp_path_factory, drawn, options):
+    folder = tmp_path_factory.mktemp("parquet")
+    columns = [pa.array(values, kind) for kind, values in drawn]
+    write(folder, *columns, **options)
+    try:
+        check(folder, columns)
+    except ConfigError as error:
+        kinds = {str(kind) for kind, _ in drawn}
+        assert "column 'x' is" in str(error) and any("binary" in kind for kind in kinds) and len(kinds) > 1
+
+
+class Written(str):
+    """A number as it stands in a JSON file."""
+
+
+numbers = st.one_of(
+    st.integers().map(str),
+    INTEGERS.map(str),
+    DOUBLES.map(json.dumps),
+    st.decimals(allow_nan=False, allow_infinity=False, places=3).map(str),
+    st.from_regex(r"-?(0|[1-9][0-9]{0,20})\.[0-9]{1,25}([eE][+-]?[0-9]{1,3})?", fullmatch=True, alphabet="0123456789.-+eE"),
+).map(Written)
+json_values = st.recursive(
+    st.none() | st.booleans() | numbers | WORDS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from("ab"), inner, max_size=3),
+    max_leaves=5,
+)
+same_kind = st.one_of(
+    *(st.lists(kind, min_size=1, max_size=4) for kind in (numbers, st.lists(numbers, max_size=2), json_values))
+)
+
+
+def as_json(value):
+    if isinstance(value, Written):
+        return str(value)
+    if isinstance(value, list):
+        return f"[{', '.join(map(as_json, value))}]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(name)}: {as_json(item)}" for name, item in value.items()) + "}"
+    return json.dumps(value)
+
+
+def same(found, wrote):
+    """Whether a value of the table, or of JSON text in it, is what was written."""
+    if isinstance(wrote, Written):
+        if isinstance(found, float):
+            if not math.isfinite(found):
+                return str(wrote) == json.dumps(found)
+            exact = Decimal(str(wrote))
+            return exact in (Decimal(repr(found)), Decimal(f"{found:.16e}"))
+        return not isinstance(found, bool | str) and Decimal(found) == Decimal(str(wrote))
+    if isinstance(wrote, list):
+        return isinstance(found, list) and len(found) == len(wrote) and all(map(same, found, wrote))
+    if isinstance(wrote, dict):
+        return isinstance(found, dict) and all(same(found.get(name), wrote.get(name)) for name in {*found, *wrote})
+    return type(found) is type(wrote) and found == wrote
+
+
+def test_numbers_of_json_that_no_double_holds(tmp_path):
+    (tmp_path / "a.jsonl").write_text(
+        '{"prompt": "a", "x": 9007199254740993, "y": 1, "z": 1e400}\n{"x": 1.5, "y": 1.5, "z": 2}'
+    )
+    (tmp_path / "b.jsonl").write_text('{"prompt": "b", "x": 18446744073709551616, "z": 0.1000000000000000055511151231257827}')
+    (tmp_path / "c.jsonl").write_text('{"prompt": "c", "x": true, "y": 0.10000000000000001, "z": {"y": 1.2345678901234567891}}')
+    schema, rows = columns_of(tmp_path)
+    assert [schema.field(name).type for name in "xyz"] == [pa.string(), pa.float64(), pa.string()]
+    assert [row["x"] for row in rows] == ["9007199254740993", "1.5", "18446744073709551616", "true"]
+    assert [row["y"] for row in rows] == [1.0, 1.5, None, 0.1]
+    assert [row["z"] for row in rows] == [
+        "1E+400",
+        "2",
+        "0.1000000000000000055511151231257827",
+        '{"y": 1.2345678901234567891}',
+    ]
+
+
+def test_true_is_no_number(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a", "x": 1.5}\n{"prompt": "a", "x": true}')
+    assert [row["x"] for row in columns_of(tmp_path)[1]] == ["1.5", "true"]
+
+
+@settings(max_examples=examples(300), deadline=None)
+@given(files=st.lists(same_kind, min_size=1, max_size=3), rows_per_table=st.integers(1, 5))
+def test_columns_of_json_files(tmp_path_factory, files, rows_per_table):
+    folder = tmp_path_factory.mktemp("json")
+    for number_, values in enumerate(files):
+        lines = [f'{{"prompt": "p", "x": {as_json(value)}}}' for value in values]
+        (folder / f"{number_}.jsonl").write_text("\n".join(lines))
+    schema, rows = columns_of(folder, rows_per_table)
+    wrote = [value for values in files for value in values]
+    for row, value in zip(rows, wrote, strict=True):
+        found = row["x"]
+        if schema.field("x").type == pa.string() and value is not None and not (type(value) is str and found == value):
+            found = json.loads(found, parse_float=wide)
+        assert same(found, value), (found, value, schema)
+
+
+def test_the_schema_does_not_depend_on_how_a_file_is_cut(tmp_path, monkeypatch):
+    lines = [{"prompt": "p", "x": 1, "m": {}}, {"x": 0.5, "m": {"a": 1}}, {"x": BIG}, {"x": None, "l": []}, {"l": [{"a": 1}]}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    schemas = []
+    for number_ in (1, 2, 3, 100):
+        monkeypatch.setattr("sere.pipeline.data.describe._SCAN_ROWS", number_)
+        schemas.append(open_source(tmp_path).schema)
+    assert all(schema == schemas[0] for schema in schemas)
+    assert schemas[0].field("x").type == pa.string() and schemas[0].field("m").type == pa.struct([("a", pa.int64())])
+
+
+def test_files_that_give_no_row_have_no_say_in_the_schema(tmp_path):
+    """Else a file that comes later, and changes nothing, would give the rest of a job's parts another schema."""
+    write(tmp_path, pa.array([BIG]))
+    before = open_source(tmp_path, num_rows=1).schema
+    write(tmp_path, pa.array([BIG]), pa.array([], pa.float64()), pa.array([0.5]))
+    assert open_source(tmp_path, num_rows=1).schema == before
+    assert set(before.names).isdisjoint(PLACE.names)
+
+
+def test_a_column_that_becomes_text_is_said(tmp_path, caplog):
+    write(tmp_path, pa.array([BIG]), pa.array([0.5]))
+    open_source(tmp_path)
+    assert "column 'x' is int64 in" in caplog.text and "it is text in the results" in caplog.text
+
+
+def test_what_is_only_text_is_not_beside_bytes_in_a_third_file(tmp_path):
+    with pytest.raises(ConfigError, match=r"column 'x' is int64 in \S*1.parquet and binary in \S*2.parquet, and no type"):
+        values_of(tmp_path, pa.array(["a"]), pa.array([1]), pa.array([b"a"]))
