@@ -16,8 +16,8 @@ from sere.conf.masking import mask_uri
 from sere.pipeline.data.source import InputSpec
 from sere.pipeline.runtime.storage import first_line, open_filesystem
 
-# What stores call that which changes with a file's content.
-_TAGS = ("ETag", "etag", "md5Hash", "Content-MD5", "LastModified", "Last-Modified", "mtime", "created")
+# What stores and archives call that which changes with a file's content.
+_TAGS = ("CRC", "ETag", "etag", "md5Hash", "Content-MD5", "LastModified", "Last-Modified", "mtime", "created")
 # A file that is changed twice in as short a time may have one time for both: file systems count in steps.
 _SETTLED_S = 2.0
 _ARCHIVES = ("zip", "tar", "libarchive")
@@ -65,12 +65,10 @@ def _encoding(head: bytes) -> str:
         raise ValueError("it is UTF-32: iconv -f UTF-32 -t UTF-8 converts it")
     if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return "utf-16"
-    first, second = head[0::2], head[1::2]
-    # Without a mark: every other byte of what is mostly ASCII is zero, which text in UTF-8 never has.
-    if len(second) > 1 and not first.count(0) and second.count(0) * 2 > len(second):
-        return "utf-16-le"
-    if len(second) > 1 and not second.count(0) and first.count(0) * 2 > len(first):
-        return "utf-16-be"
+    # Without a mark: every other byte of what is mostly ASCII is zero, which is in no text in UTF-8.
+    for encoding, zeros, others in (("utf-16-le", head[1::2], head[0::2]), ("utf-16-be", head[0::2], head[1::2])):
+        if len(others) > 1 and zeros.count(0) > len(zeros) / 2 and others.count(0) < len(others) / 10:
+            return encoding
     return "utf-8-sig"
 
 
@@ -94,7 +92,7 @@ def stamp_of(filesystem: Any, path: str) -> str:
 def _said(filesystem: Any, path: str) -> str:
     # fsspec's `ukey` covers all that a store says, which is more when a file is asked for than when its folder is listed.
     info = filesystem.info(path)
-    tag = next((info[name] for name in _TAGS if info.get(name)), None)
+    tag = next((info[name] for name in _TAGS if info.get(name) not in (None, "")), None)
     return f"{info.get('size')} bytes, {tag}" if tag else str(filesystem.ukey(path))
 
 
