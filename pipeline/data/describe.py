@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from sere.pipeline.data.hub import load_dataset
 from sere.pipeline.data.infer import infer_schema
 from sere.pipeline.data.lines import read_lines
-from sere.pipeline.data.opened import fingerprint_of, open_input, stamp_of
+from sere.pipeline.data.opened import fingerprint_of, open_input, open_parquet, stamp_of
 from sere.pipeline.data.read import naming_file
 from sere.pipeline.data.source import Bounds, Source, SourceFile
 from sere.pipeline.data.widen import is_list, limits, merge, nanoseconds, plain_schema, widen
@@ -35,10 +35,7 @@ def describe_file(source: Source, index: int) -> SourceFile:
         # Before it is read: what changes meanwhile is noticed when it is read again.
         described = replace(file, stamp=stamp_of(filesystem, file.path), fingerprint=fingerprint_of(filesystem, file.path))
         if source.kind == "parquet":
-            with filesystem.open(file.path, "rb") as opened, pq.ParquetFile(opened) as parquet:
-                schema = plain_schema(parquet.schema_arrow)
-                bounds = _parquet_bounds(schema, parquet.metadata)
-                return replace(described, num_rows=parquet.metadata.num_rows, schema=schema, bounds=bounds)
+            return _describe_parquet(source, described)
         return _describe_lines(source, described)
 
 
@@ -57,6 +54,45 @@ def _describe_lines(source: Source, file: SourceFile) -> SourceFile:
     if num_bad and num_bad == num_rows:
         raise ValueError(f"none of its {num_rows} rows can be read: {first_problem}")
     return replace(file, num_rows=num_rows, schema=schema, bounds=bounds)
+
+
+def _describe_parquet(source: Source, file: SourceFile) -> SourceFile:
+    with open_parquet(source.spec, file.path, file.int96_unit) as parquet:
+        parts = [parquet.schema.column(number) for number in range(len(parquet.schema))]
+        wide = [part.path for part in parts if part.physical_type == "INT96"]
+        if wide and file.int96_unit == "ns":
+            with open_parquet(source.spec, file.path, "us") as coarse:
+                if not _fits_nanoseconds(parquet, coarse, wide):
+                    return _describe_parquet(source, replace(file, int96_unit="us"))
+        schema = plain_schema(parquet.schema_arrow)
+        bounds = _parquet_bounds(schema, parquet.metadata)
+        return replace(file, num_rows=parquet.metadata.num_rows, schema=schema, bounds=bounds)
+
+
+def _fits_nanoseconds(fine: pq.ParquetFile, coarse: pq.ParquetFile, columns: list[str]) -> bool:
+    """Whether every instant of columns is one in nanoseconds of 64 bits: Arrow would make another of it.
+
+    Args:
+        fine: The file, read in nanoseconds.
+        coarse: In microseconds.
+        columns: Of timestamps of 96 bits.
+
+    Raises:
+        ValueError: if not, and some fall between two microseconds.
+    """
+    fits = exact = True
+    batches = (parquet.iter_batches(batch_size=_SCAN_ROWS, columns=columns) for parquet in (fine, coarse))
+    for in_ns, in_us in zip(*batches, strict=True):
+        for one, other in zip(in_ns.columns, in_us.columns, strict=True):
+            try:
+                other.cast(one.type)
+            except pa.ArrowInvalid:
+                fits = False
+            # Both have lost the same, if anything.
+            exact = exact and other.cast(one.type, safe=False).equals(one)
+    if not (fits or exact):
+        raise ValueError(f"{', '.join(columns)}: some timestamps are beyond the year 2262, others finer than microseconds")
+    return fits
 
 
 def _parquet_bounds(schema: pa.Schema, metadata: Any) -> Bounds:

@@ -25,6 +25,7 @@ def to_json(file: SourceFile) -> dict[str, Any]:
         "fingerprint": file.fingerprint,
         "stamp": file.stamp,
         "schema": base64.b64encode(file.schema.serialize().to_pybytes()).decode(),
+        "int96_unit": file.int96_unit,
         "bounds": {path: list(pair) for path, pair in file.bounds.items()},
     }
 
@@ -36,22 +37,25 @@ def from_json(values: Any) -> SourceFile | None:
             return None
         schema = pa.ipc.read_schema(pa.py_buffer(base64.b64decode(values["schema"], validate=True)))
         bounds = {str(path): (int(low), int(high)) for path, (low, high) in values["bounds"].items()}
-        name, path, fingerprint, stamp = (str(values[key]) for key in ("name", "path", "fingerprint", "stamp"))
-        return SourceFile(name, path, int(values["num_rows"]), fingerprint, schema, bounds, stamp)
+        texts = (str(values[key]) for key in ("name", "path", "fingerprint", "stamp", "int96_unit"))
+        name, path, fingerprint, stamp, unit = texts
+        return SourceFile(name, path, int(values["num_rows"]), fingerprint, schema, bounds, stamp, unit)
     except (LookupError, TypeError, ValueError, AttributeError, pa.ArrowException, OSError):
         # Whatever was kept, the file itself is there to be read.
         return None
 
 
-def to_keep(file: SourceFile) -> dict[str, Any] | None:
-    """A file's description; None where nothing tells cheaply whether it still holds."""
-    return to_json(file) if file.stamp else None
+def to_keep(source: Source, file: SourceFile) -> dict[str, Any] | None:
+    """A file's description, and what it was read as; None where nothing tells cheaply whether it still holds."""
+    return to_json(file) | _read_as(source) if file.stamp else None
 
 
 def recall(source: Source, file: SourceFile, values: Any) -> SourceFile | None:
     """A listed file with what is known of it; None if that is nothing, or the file has changed since."""
-    known = from_json(values) if values is not None else None
+    known = from_json(values)
     if known is None or not known.stamp or (known.name, known.path) != (file.name, file.path):
+        return None
+    if any(values.get(key) != value for key, value in _read_as(source).items()):
         return None
     try:
         filesystem, _ = open_input(source.spec)
@@ -60,3 +64,7 @@ def recall(source: Source, file: SourceFile, values: Any) -> SourceFile | None:
         # Whoever reads it says so with its name.
         return None
     return replace(known, partition=file.partition) if stamp == known.stamp else None
+
+
+def _read_as(source: Source) -> dict[str, Any]:
+    return {"kind": source.kind, "text_column": source.spec.text_column}

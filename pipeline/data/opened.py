@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from sere.conf.errors import ConfigError
 from sere.conf.masking import mask_uri
@@ -60,6 +61,20 @@ def open_lines(spec: InputSpec, path: str) -> Iterator[io.TextIOWrapper]:
             yield lines
 
 
+@contextmanager
+def open_parquet(spec: InputSpec, path: str, unit: str) -> Iterator[pq.ParquetFile]:
+    """A parquet file.
+
+    Args:
+        spec: What it is a part of.
+        path: In the file system.
+        unit: Of timestamps of 96 bits, as Spark and Hive write them.
+    """
+    filesystem, _ = open_input(spec)
+    with filesystem.open(path, "rb") as opened, pq.ParquetFile(opened, coerce_int96_timestamp_unit=unit) as parquet:
+        yield parquet
+
+
 def _encoding(head: bytes) -> str:
     if head.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
         raise ValueError("it is UTF-32: iconv -f UTF-32 -t UTF-8 converts it")
@@ -86,7 +101,7 @@ def stamp_of(filesystem: Any, path: str) -> str:
         return _said(filesystem, path)
     found = os.stat(path)
     settled = time.time() - found.st_mtime > _SETTLED_S
-    return f"{found.st_size} bytes, {found.st_mtime_ns} ns, {found.st_ino}" if settled else ""
+    return f"{found.st_size} bytes, {found.st_mtime_ns} ns" if settled else ""
 
 
 def _said(filesystem: Any, path: str) -> str:

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from sere.conf.errors import ConfigError
 from sere.conf.masking import mask_uri
@@ -20,7 +19,7 @@ from sere.pipeline.data.hive import add_partition
 from sere.pipeline.data.hub import load_dataset
 from sere.pipeline.data.infer import array_of, infer_schema, storable
 from sere.pipeline.data.lines import read_lines
-from sere.pipeline.data.opened import fingerprint_of, open_input, stamp_of
+from sere.pipeline.data.opened import fingerprint_of, open_input, open_parquet, stamp_of
 from sere.pipeline.data.source import PLACE, PROBLEM, Source, SourceFile
 from sere.pipeline.data.widen import plain_schema
 from sere.pipeline.runtime.storage import first_line
@@ -113,8 +112,7 @@ def _read_plain(source: Source, file: SourceFile, rows_per_table: int) -> Iterat
         for start in range(0, len(dataset), rows_per_table):
             yield dataset[start : start + rows_per_table], None
     elif source.kind == "parquet":
-        filesystem, _ = open_input(source.spec)
-        with filesystem.open(file.path, "rb") as opened, pq.ParquetFile(opened) as parquet:
+        with open_parquet(source.spec, file.path, file.int96_unit) as parquet:
             if file.schema is not None and not plain_schema(parquet.schema_arrow).equals(file.schema):
                 raise _changed(file, "it holds other columns")
             for batch in parquet.iter_batches(batch_size=rows_per_table):

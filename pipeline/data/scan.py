@@ -68,7 +68,7 @@ def scan_known(
             f"({type(error).__name__}): run the same command again"
         ) from error
     whole = [described[index] if file is None else file for index, file in enumerate(files)]
-    return unify(listing, whole, num_rows=num_rows), {file.name: kept for file in whole if (kept := to_keep(file))}
+    return unify(listing, whole, num_rows=num_rows), {file.name: kept for file in whole if (kept := to_keep(listing, file))}
 
 
 def _of_task(source: Source, error: Any) -> ConfigError:

@@ -51,6 +51,8 @@ class SourceFile:
     bounds: Bounds = field(default_factory=dict)
     stamp: str = ""
     """What the file system says changes with the contents; "" where it says nothing that can be relied on."""
+    int96_unit: str = "ns"
+    """Unit that holds all of its timestamps of 96 bits."""
     partition: dict[str, str | None] = field(default_factory=dict)
     """Columns that the names of its folders give: `split=train/`."""
 

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sere.conf.errors import ConfigError
+from sere.pipeline.data.read import read_file
 from sere.pipeline.data.source import PLACE
 from tests.examples import examples
 from tests.pipeline.data.opening import open_source, read
@@ -205,7 +206,6 @@ def tuples_as_lists(value):
 def check(folder, columns):
     """Every value of the columns of `write` is there, as itself or as text that says the same."""
     source = open_source(folder)
-    from sere.pipeline.data.read import read_file
 
     for index, column in enumerate(columns):
         tables = list(read_file(source, index, rows_per_table=2))
@@ -364,3 +364,38 @@ def test_a_column_that_becomes_text_is_said(tmp_path, caplog):
 def test_what_is_only_text_is_not_beside_bytes_in_a_third_file(tmp_path):
     with pytest.raises(ConfigError, match=r"column 'x' is int64 in \S*1.parquet and binary in \S*2.parquet, and no type"):
         values_of(tmp_path, pa.array(["a"]), pa.array([1]), pa.array([b"a"]))
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_timestamps_of_96_bits_that_no_nanosecond_is(tmp_path, nested):
+    """As Spark and Hive write them; the year 9999 for "never" is common."""
+    never, odd = 253402300799000000, 1_001
+
+    def put(values, unit, number_=0):
+        column = pa.array([None, *values], pa.timestamp(unit))
+        column = pa.array([{"a": value} for value in column], pa.struct([("a", column.type)])) if nested else column
+        prompt = pa.array(["p"] * len(column))
+        file = tmp_path / f"{number_}.parquet"
+        pq.write_table(pa.table({"prompt": prompt, "x": column}), file, use_deprecated_int96_timestamps=True, row_group_size=2)
+
+    def found():
+        source = open_source(tmp_path)
+        tables = [table for index in range(len(source.files)) for table in read_file(source, index, rows_per_table=2)]
+        rows = [row for table in tables for row in table["x"]]
+        kind = source.schema.field("x").type
+        values = [row["a"] if nested and row.is_valid and pa.types.is_struct(kind) else row for row in rows]
+        return kind.field("a").type if pa.types.is_struct(kind) else kind, values
+
+    put([never, 1], "us")
+    kind, values = found()
+    assert kind == pa.timestamp("us") and [value.value for value in values if value.is_valid] == [never, 1]
+    put([odd, 1], "ns")
+    kind, values = found()
+    assert kind == pa.timestamp("ns") and [value.value for value in values if value.is_valid] == [odd, 1]
+    put([never, odd], "us")
+    assert [value.value for value in found()[1] if value.is_valid] == [never, odd]
+    put([odd], "ns")
+    put([never], "us", 1)
+    kind, values = found()
+    texts = [value.as_py() for value in values if value.is_valid]
+    assert kind == pa.string() and all(word in str(texts) for word in ("1970-01-01 00:00:00.000001001", "9999-12-31 23:59:59"))

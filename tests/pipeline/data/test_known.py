@@ -23,6 +23,11 @@ def described(data):
     return listing, [describe_file(listing, index) for index in range(len(listing.files))]
 
 
+def described_one(data):
+    listing, (file,) = described(data)
+    return listing, file
+
+
 def settle(file):
     os.utime(file, (time.time() - 100, time.time() - 100))
 
@@ -65,7 +70,7 @@ def test_what_is_no_description_is_none(tmp_path):
     assert from_json(good) is not None
     for key in good:
         assert from_json({name: value for name, value in good.items() if name != key}) is None
-        assert from_json(good | {key: [None]}) is None or key in ("name", "path", "fingerprint", "stamp")
+        assert from_json(good | {key: [None]}) is None or key in ("name", "path", "fingerprint", "stamp", "int96_unit")
     for values in (None, 1, [], "x", {}, good | {"version": 0}, good | {"schema": "AAAA"}, good | {"bounds": {"a": [1]}}):
         assert from_json(values) is None
 
@@ -73,12 +78,14 @@ def test_what_is_no_description_is_none(tmp_path):
 def test_only_what_has_not_changed_is_known(tmp_path):
     file = tmp_path / "a.jsonl"
     file.write_text('{"prompt": "a"}\n')
-    assert to_keep(described(file)[1][0]) is None, "written just now: the next change may have the same time"
+    assert to_keep(*described_one(file)) is None, "written just now: the next change may have the same time"
     settle(file)
     listing, (before,) = described(file)
-    kept = to_keep(before)
+    kept = to_keep(listing, before)
     assert recall(listing, listing.files[0], kept) == before
     assert unify(listing, [recall(listing, listing.files[0], kept)]).schema == open_source(file).schema
+    read_as_text = find_sources(InputSpec(data=str(file), text_column="prompt", data_format="text"))
+    assert recall(read_as_text, listing.files[0], kept) is None
     os.utime(file)
     assert recall(listing, listing.files[0], kept) is None
     file.write_text('{"prompt": "b"}\n')
@@ -97,7 +104,7 @@ def test_folders_names_are_found_anew(tmp_path):
     file.write_text('{"prompt": "a"}\n')
     settle(file)
     listing, (before,) = described(tmp_path)
-    assert recall(listing, listing.files[0], to_keep(before)).partition == {"split": "1"}
+    assert recall(listing, listing.files[0], to_keep(listing, before)).partition == {"split": "1"}
 
 
 def test_objects_of_a_store_are_known_by_their_tags(s3_bucket):
@@ -106,7 +113,7 @@ def test_objects_of_a_store_are_known_by_their_tags(s3_bucket):
     filesystem, root = fsspec.core.url_to_fs(f"{s3_bucket}/in")
     filesystem.pipe_file(f"{root}/a.jsonl", b'{"prompt": "a"}')
     listing, (before,) = described(f"{s3_bucket}/in/*.jsonl")
-    kept = json.loads(json.dumps(to_keep(before)))
+    kept = json.loads(json.dumps(to_keep(listing, before)))
     assert recall(listing, listing.files[0], kept) == before
     filesystem.pipe_file(f"{root}/a.jsonl", b'{"prompt": "b"}')
     assert recall(listing, listing.files[0], kept) is None
