@@ -21,6 +21,8 @@ def fit(table: pa.Table, field: pa.Field) -> pa.ChunkedArray | pa.Array:
         return column
     if pt.is_run_end_encoded(column.type):
         column = pa.chunked_array([pc.run_end_decode(chunk) for chunk in column.chunks], column.type.value_type)
+    if isinstance(column.type, pa.BaseExtensionType):
+        column = column.cast(column.type.storage_type)
     if is_text(field.type) and not (is_text(plain(column.type)) or pt.is_null(column.type)):
         column = _as_text(column)
     # Arrow's casts are safe ones: a value that would change is an error.

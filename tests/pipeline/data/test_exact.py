@@ -79,6 +79,8 @@ def test_integers_beside_floats_are_floats_where_all_are_known_to_fit(tmp_path, 
         (pa.array([{"a": BIG}]), pa.array([{"a": 0.5}]), pa.string()),
         (pa.array([{"a": BIG}]), pa.array([{"b": 0.5}]), pa.struct([("a", pa.int64()), ("b", pa.float64())])),
         (pa.array([True]), pa.array([1]), pa.string()),
+        (pa.array(["1"]).cast(pa.json_()), pa.array(["a"]), pa.string()),
+        (pa.array([b"a" * 16], pa.binary(16)).cast(pa.uuid()), pa.array([b"a"]), pa.binary()),
     ],
 )
 def test_types_of_several_files(tmp_path, one, other, kind):
@@ -225,6 +227,7 @@ def check(folder, columns):
                 assert value.as_py() == wrote.cast(pa.string()).as_py()
             else:
                 assert pa.types.is_string(value.type) or pa.types.is_large_string(value.type)
+                assert not isinstance(meaning(wrote), str), "text is text already"
                 assert parsed(json.loads(value.as_py(), parse_float=Decimal)) == tuples_as_lists(meaning(wrote, is_text=True))
 
 
