@@ -43,6 +43,12 @@ def _parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
     return parser
 
 
+def _ray_address() -> str | None:
+    address = os.environ.get("RAY_ADDRESS")
+    # Ray's own word for none.
+    return None if address in (None, "", "local") else address
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit status: 0, 2 for an error the user can mend, 130 if interrupted."""
     commands = find_commands()
@@ -58,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Where the output goes to a file, do not fold tables to 80 columns.
     console = Console(width=None if sys.stdout.isatty() else 140)
     try:
-        command.run(arguments, Surroundings(console=console, ray_address=os.environ.get("RAY_ADDRESS") or None))
+        command.run(arguments, Surroundings(console=console, ray_address=_ray_address()))
     except ConfigError as error:
         print(f"sere: {' '.join(str(error).split())}", file=sys.stderr)  # noqa: T201
         return EXIT_USER_ERROR

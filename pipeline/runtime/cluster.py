@@ -2,19 +2,29 @@
 
 import logging
 import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from sere.conf.errors import ConfigError
 from sere.pipeline.runtime.interrupts import end_in_order_on_sigterm
 
+_CONNECT_S = 10.0
+
 
 def start_ray(num_cpus: float, *, address: str | None) -> None:
     """Join a cluster, or start a local one; does nothing if Ray already runs.
+
+    A local Ray can be reached from this machine only, and asks for a token.
 
     Args:
         num_cpus: Cores a local Ray must at least offer. Ray counts cores without occupying them, so on a small machine that
             may be more than there are.
         address: Of the cluster; None starts a local Ray.
+
+    Raises:
+        ConfigError: if there is no cluster at the address, or it does not let us in.
     """
     import ray
 
@@ -22,16 +32,87 @@ def start_ray(num_cpus: float, *, address: str | None) -> None:
     logging.getLogger("ray").setLevel(logging.ERROR)
     if ray.is_initialized():
         return
-    where: dict[str, Any] = {"address": address}
     if address is None:
         # Ray would run workers at nice 15, behind whatever else this machine does.
         os.environ.setdefault("RAY_worker_niceness", "0")
-        # Without "local" Ray would join whatever cluster it finds on this machine.
-        where = {"address": "local", "num_cpus": max(os.cpu_count() or 1, int(num_cpus) + 1)}
-    # Workers' own output stays in their log files (under /tmp/ray); the jobs print progress and errors.
-    ray.init(include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False, **where)
+        with _on_this_machine_only():
+            # Without "local" Ray would join whatever cluster it finds on this machine.
+            _init("local", num_cpus=max(os.cpu_count() or 1, int(num_cpus) + 1))
+    else:
+        _join(address)
     # Ray sets a handler of its own.
     end_in_order_on_sigterm()
+
+
+def _init(address: str, **options: Any) -> None:
+    import ray
+
+    # Workers' own output stays in their log files (under /tmp/ray); the jobs print progress and errors.
+    ray.init(address=address, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False, **options)
+
+
+@contextmanager
+def _on_this_machine_only() -> Iterator[None]:
+    """Have Ray's processes listen on the loopback interface: Ray does so where it does not support clusters of machines.
+
+    Giving it 127.0.0.1 as the node's address does not help: Ray replaces that by the address in the network.
+    """
+    from ray._private import ray_constants
+
+    name, before = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, ray_constants.ENABLE_RAY_CLUSTER
+    os.environ.setdefault(name, "0")
+    # Ray read the variable when it was imported, which was before.
+    ray_constants.ENABLE_RAY_CLUSTER = ray_constants.env_bool(name, True)
+    try:
+        yield
+    finally:
+        # This process may join a cluster later.
+        ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+def _join(address: str) -> None:
+    from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
+    from ray.exceptions import RayError
+
+    _refuse_silent(address)
+    # `ray start` asks for a token as soon as there is one, which is so after the first local Ray; joining by an address does
+    # not send it unless told to.
+    maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+    try:
+        _init(address)
+    except (OSError, RuntimeError, ValueError, RayError) as error:
+        raise ConfigError(
+            f"the Ray cluster at RAY_ADDRESS={address} cannot be joined ({' '.join(str(error).split())}): check the address, "
+            "that it runs this Ray and Python version, and that ~/.ray/auth_token (or RAY_AUTH_TOKEN) here is the one its "
+            "head was started with"
+        ) from error
+
+
+def _refuse_silent(address: str) -> None:
+    """Refuse an address at which no Ray answers: Ray itself would try for minutes."""
+    import grpc
+    from ray._private.grpc_utils import init_grpc_channel
+
+    place = address.rpartition("://")[2]
+    if place == "auto":
+        return
+    host, _, port = place.rpartition(":")
+    try:
+        if not host or not port.isdecimal():
+            raise ValueError("the form is HOST:PORT")
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_S).close()
+        # Something takes connections, and may be anything.
+        channel = init_grpc_channel(place)
+        try:
+            grpc.channel_ready_future(channel).result(timeout=_CONNECT_S)
+        finally:
+            channel.close()
+    except (OSError, OverflowError, ValueError, grpc.FutureTimeoutError) as error:
+        reason = str(error) or "what answers is not Ray"
+        raise ConfigError(
+            f"no Ray cluster answers at RAY_ADDRESS={address} ({reason}): start one with `ray start --head`, or unset "
+            "RAY_ADDRESS to use this machine alone"
+        ) from error
 
 
 def refuse_missing_room(needs: dict[str, float], *, address: str | None, what: str, remedy: str) -> None:
