@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sere.conf.whole_file import written_whole
-from sere.ops.similarity_checks import TABLES, SimilarityError, check_matrix, check_tables
+from sere.ops.similarity_checks import TABLES, SimilarityError, check_manifest, check_matrix, check_tables
 
 __all__ = ["FILE_NAME", "FORMAT_VERSION", "SimilarityArtifact", "SimilarityError"]
 
@@ -89,9 +89,7 @@ class SimilarityArtifact:
         Raises:
             SimilarityError: otherwise.
         """
-        for key in ("num_experts", "layers", "metrics", "model"):
-            if not self.manifest.get(key):
-                raise SimilarityError(f"the manifest lacks {key!r}: compute the artifact again with `sere calibrate`")
+        check_manifest(self.manifest)
         expected = {(layer, metric) for layer in self.layers for metric in self.metrics}
         for layer, metric in sorted(expected ^ set(self.matrices)):
             state = "is missing" if (layer, metric) in expected else "is not in the manifest"
@@ -158,11 +156,13 @@ class SimilarityArtifact:
                 for key in opened.keys():  # noqa: SIM118 (not a dict)
                     _, layer, name = key.split(".")
                     (tables if name in TABLES else matrices)[int(layer), name] = opened.get_tensor(key)
-        except (SafetensorError, KeyError, ValueError) as error:
+        # What is nested too deeply is a RecursionError; a file that cannot be read, an OSError.
+        except (SafetensorError, KeyError, ValueError, TypeError, RecursionError, OSError) as error:
             raise SimilarityError(f"{file} is not a similarity artifact ({error}): make one with `sere calibrate`") from error
-        if manifest.get("format_version") not in _READS:
+        version = manifest.get("format_version") if isinstance(manifest, dict) else None
+        if isinstance(manifest, dict) and version not in _READS:
             raise SimilarityError(
-                f"{file} has format version {manifest.get('format_version')}, this program reads {_READS[0]} to {_READS[-1]}: "
+                f"{file} has format version {version!r:.20}, this program reads {_READS[0]} to {_READS[-1]}: "
                 "compute it again with `sere calibrate`"
             )
         try:

@@ -3,6 +3,8 @@
 `similarity.py` reads and writes the file.
 """
 
+import reprlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +55,50 @@ TABLES = {
 """
 
 
+def check_manifest(manifest: Any) -> None:
+    """Refuse a manifest that lacks what every artifact has, or has something else in its place.
+
+    Raises:
+        SimilarityError: names the key and what is there.
+    """
+    if not isinstance(manifest, dict):
+        raise SimilarityError(f"the manifest must be a JSON object, is {_short(manifest)}: {_ADVICE}")
+    for key in ("num_experts", "layers", "metrics", "model"):
+        if not manifest.get(key):
+            raise SimilarityError(f"the manifest lacks {key!r}: {_ADVICE}")
+    names = [manifest["metrics"], manifest.get("tables") or []]
+    is_right = {
+        "num_experts": _is_count(manifest["num_experts"]) and manifest["num_experts"] > 0,
+        "layers": _are_distinct(manifest["layers"], _is_count),
+        "metrics": _are_distinct(names[0], _is_name),
+        "tables": _are_distinct(names[1], _is_name),
+        "model": isinstance(manifest["model"], dict)
+        and isinstance(manifest["model"].get("name"), str | None)
+        and isinstance(manifest["model"].get("digest"), str | None),
+        "quality": isinstance(manifest.get("quality"), dict | None),
+    }
+    for key, right in is_right.items():
+        if not right:
+            raise SimilarityError(f"the manifest's {key} cannot be {_short(manifest[key])}: {_ADVICE}")
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and bool(value) and "." not in value
+
+
+def _are_distinct(values: Any, is_one: Callable[[Any], bool]) -> bool:
+    return isinstance(values, list) and all(map(is_one, values)) and len(set(values)) == len(values)
+
+
+def _short(value: Any) -> str:
+    shown = reprlib.repr(value)
+    return shown if len(shown) <= 80 else f"{shown[:80]}..."
+
+
 def check_matrix(name: str, matrix: Tensor, num_experts: int) -> None:
     """Refuse a matrix that is not a similarity of `num_experts` experts.
 
@@ -95,7 +141,9 @@ def check_tables(tables: dict[tuple[int, str], Tensor], manifest: dict[str, Any]
         state = "is missing" if (layer, name) in expected else "is not in the manifest"
         raise SimilarityError(f"table {name} of layer {layer} {state}: the artifact is damaged, {_ADVICE}")
     num_experts = manifest["num_experts"]
-    hidden_size = next((table.shape[-1] for (_, name), table in sorted(tables.items()) if "H" in TABLES[name].shape), 0)
+    hidden_size = next(
+        (table.shape[-1] for (_, name), table in sorted(tables.items()) if table.dim() and "H" in TABLES[name].shape), 0
+    )
     sizes = {"1": 1, "E": num_experts, "H": hidden_size, "R": rank or 0, "ER": num_experts * (rank or 0)}
     for (layer, name), table in tables.items():
         _check_table(f"table {name} of layer {layer}", table, TABLES[name], sizes)

@@ -20,4 +20,4 @@ def promote(version_uri: str, *, uri: str, console: "Console") -> None:
         ConfigError: if there is no such version.
     """
     name, version, before = registry.promote(version_uri, uri=uri)
-    console.print(f"{name}: champion is version {version}, was {before or 'none'}", highlight=False)
+    console.print(f"{name}: champion is version {version}, was {before or 'none'}", highlight=False, markup=False)

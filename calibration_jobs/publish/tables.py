@@ -1,10 +1,12 @@
 """Tables of an artifact: its manifest and its quality, for the terminal."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from sere.calibration_jobs.judge.candidates import RANDOM
 from sere.calibration_jobs.publish.numbers import best_metric, transfer_table
+from sere.conf.errors import ConfigError
 from sere.conf.nested import flatten
 
 if TYPE_CHECKING:
@@ -17,11 +19,37 @@ def new_table(title: str, *columns: str) -> "Table":
     """An empty table; its first column is text, the others are numbers."""
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
+    table = Table(title=Text(title, style="table.title"), box=box.SIMPLE_HEAD, title_justify="left")
     for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left")
+        table.add_column(Text(column), justify="right" if number else "left")
     return table
+
+
+def add_row(table: "Table", *cells: str) -> None:
+    """Add a row as it is: names of models, domains and metrics may look like rich's markup."""
+    from rich.text import Text
+
+    table.add_row(*map(Text, cells))
+
+
+@contextmanager
+def refuse_damaged(where: str) -> Iterator[None]:
+    """For what reads a manifest's or a quality record's figures, which may be anybody's.
+
+    Raises:
+        ConfigError: if they are not what `sere calibrate` writes there.
+    """
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ConfigError(
+            f"{where} has a manifest or figures that `sere calibrate` did not write ({reason:.120}): calibrate again"
+        ) from error
 
 
 def manifest_rows(artifact: "SimilarityArtifact") -> dict[str, str]:
@@ -40,7 +68,7 @@ def layer_tables_table(artifact: "SimilarityArtifact") -> "Table":
     for name in artifact.table_names:
         tensors = [artifact.tables[layer, name] for layer in artifact.layers]
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors) / 2**10
-        table.add_row(name, str(tensors[0].dtype).removeprefix("torch."), str(list(tensors[0].shape)), f"{size:,.1f}")
+        add_row(table, name, str(tensors[0].dtype).removeprefix("torch."), str(list(tensors[0].shape)), f"{size:,.1f}")
     return table
 
 
@@ -49,15 +77,15 @@ def table_differences(a: "SimilarityArtifact", b: "SimilarityArtifact") -> "Tabl
     table = new_table("Tables", "different", "A", "B", "layers that differ", "largest difference")
     for name in dict.fromkeys((*a.table_names, *b.table_names)):
         if name not in a.table_names or name not in b.table_names:
-            table.add_row(name, *("yes" if name in one.table_names else "no" for one in (a, b)), "", "")
+            add_row(table, name, *("yes" if name in one.table_names else "no" for one in (a, b)), "", "")
             continue
         pairs = [(a.tables[layer, name], b.tables[layer, name]) for layer in a.layers]
         if any(first.shape != second.shape for first, second in pairs):
-            table.add_row(name, *(str(list(tensor.shape)) for tensor in pairs[0]), str(len(pairs)), "")
+            add_row(table, name, *(str(list(tensor.shape)) for tensor in pairs[0]), str(len(pairs)), "")
             continue
         gaps = [(first.double() - second.double()).abs().max().item() for first, second in pairs]
         if any(gaps):
-            table.add_row(name, "yes", "yes", str(sum(gap > 0 for gap in gaps)), f"{max(gaps):.4g}")
+            add_row(table, name, "yes", "yes", str(sum(gap > 0 for gap in gaps)), f"{max(gaps):.4g}")
     return table
 
 
@@ -70,18 +98,18 @@ def quality_tables(quality: Mapping[str, Any]) -> list["Table"]:
             f"Reliability: two halves of {last['num_tokens']} tokens", "metric", "rank correlation", "same nearest expert"
         )
         for metric, figures in last["metrics"].items():
-            table.add_row(metric, f"{figures['spearman']:.3f}", f"{figures['decision']:.3f}")
+            add_row(table, metric, f"{figures['spearman']:.3f}", f"{figures['decision']:.3f}")
         found.append(table)
     for metric, figures in quality.get("transfer", {}).items():
         table = new_table(f"Transfer, {metric}: rank correlation / same nearest expert", "domain", *figures["domains"])
         for domain, *values in zip(figures["domains"], figures["spearman"], figures["decision"], strict=True):
-            table.add_row(domain, *(f"{a:.3f} / {b:.3f}" for a, b in zip(*values, strict=True)))
+            add_row(table, domain, *(f"{a:.3f} / {b:.3f}" for a, b in zip(*values, strict=True)))
         found.append(table)
     sources, rows = transfer_table(dict(quality))
     if rows:
         table = new_table("Held-out error by source of the matrices", "tokens of", *sources)
         for domain, errors in rows.items():
-            table.add_row(domain, *(f"{errors[source]:.4f}" for source in sources))
+            add_row(table, domain, *(f"{errors[source]:.4f}" for source in sources))
         found.append(table)
     if quality.get("held_out"):
         found.append(_held_out_table(quality))
@@ -91,7 +119,8 @@ def quality_tables(quality: Mapping[str, Any]) -> list["Table"]:
             *("policy", "batch", "S", "active experts", "charged", "perplexity", "KL", "same next token"),
         )
         for row in quality["emulation"]:
-            table.add_row(
+            add_row(
+                table,
                 row["policy"],
                 str(row["batch_size"]),
                 str(row["primary_top_k"] or "-"),
@@ -106,6 +135,8 @@ def quality_tables(quality: Mapping[str, Any]) -> list["Table"]:
 
 
 def _held_out_table(quality: Mapping[str, Any]) -> "Table":
+    from rich.text import Text
+
     table = new_table(
         "Held-out re-routing error (relative error of a layer's output, mean over layers)",
         "matrices", "batch", "S", "threshold", "error", "of random", "alignment", "critical", "active before", "after",
@@ -113,7 +144,8 @@ def _held_out_table(quality: Mapping[str, Any]) -> "Table":
     random = {(r["batch_size"], r["primary_top_k"]): r["error"] for r in quality["held_out"] if r["candidate"] == RANDOM}
     for row in quality["held_out"]:
         against = random.get((row["batch_size"], row["primary_top_k"]))
-        table.add_row(
+        add_row(
+            table,
             row["candidate"],
             str(row["batch_size"]),
             str(row["primary_top_k"]),
@@ -128,5 +160,6 @@ def _held_out_table(quality: Mapping[str, Any]) -> "Table":
         )
     best = best_metric(dict(quality))
     reference = quality["reference"]
-    table.caption = f"lowest error at S={reference['primary_top_k']}, batch {reference['batch_size']}: {best}"
+    text = f"lowest error at S={reference['primary_top_k']}, batch {reference['batch_size']}: {best}"
+    table.caption = Text(text, style="table.caption")
     return table

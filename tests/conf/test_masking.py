@@ -70,7 +70,9 @@ def test_names_that_only_look_like_it(name):
     assert mask_values({name: "x"}) == {name: "x"}
 
 
-@given(st.dictionaries(st.text(min_size=1), st.recursive(st.just(SECRET), lambda v: st.lists(v) | st.dictionaries(st.text(), v))))
+@given(
+    st.dictionaries(st.text(min_size=1), st.recursive(st.just(SECRET), lambda v: st.lists(v) | st.dictionaries(st.text(), v)))
+)
 def test_of_storage_options_only_the_names_are_recorded(options):
     masked = mask_values({"base": {"storage_options": options}})["base"]["storage_options"]
     assert masked == dict.fromkeys(options, "***")

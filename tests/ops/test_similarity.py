@@ -4,6 +4,8 @@ import json
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from sere.ops.model_digest import model_digest
@@ -195,3 +197,56 @@ def test_model_digest_sees_weights_but_not_the_folder(tmp_path):
     (tmp_path / "empty").mkdir()
     assert model_digest(tmp_path / "empty") is None
     assert model_digest(str(tmp_path / "nowhere")) is None
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda values: st.lists(values, max_size=3) | st.dictionaries(st.text(max_size=8), values, max_size=3),
+    max_leaves=6,
+)
+LOOK_ALIKE = st.sampled_from(
+    [[0.0, 2.0], [True, 2], ["0", "2"], [0, 0, 2], [-1], [[0], [2]], {"0": 2}, "cosine", [1e400], [None]]
+)
+
+
+def refused_in_one_line(file):
+    with pytest.raises(SimilarityError) as refused:
+        SimilarityArtifact.load(file)
+    assert "\n" not in str(refused.value) and len(str(refused.value)) < 600
+
+
+def crafted(folder, text, tensors=None):
+    """A file whose manifest is `text`."""
+    if tensors is None:
+        tensors = {f"layers.{layer}.{name}": value for (layer, name), value in artifact().matrices.items()}
+    save_file(tensors, folder / "crafted.safetensors", metadata={"manifest": text})
+    return folder / "crafted.safetensors"
+
+
+@pytest.mark.parametrize(
+    "text", ["[1]", "null", "1", "NaN", '"x"', "{}", "[" * 100_000, '{"a":' * 100_000, "9" * 5000, "x\n\ny"]
+)
+def test_a_manifest_that_is_none_is_refused_in_one_line(tmp_path, text):
+    refused_in_one_line(crafted(tmp_path, text))
+
+
+@given(st.sampled_from(["num_experts", "layers", "metrics", "model", "tables", "format_version", "quality"]), JSON | LOOK_ALIKE)
+def test_a_manifest_with_anything_in_it_is_refused_or_right(tmp_path_factory, key, value):
+    manifest = {**artifact().manifest, "format_version": FORMAT_VERSION}
+    file = crafted(tmp_path_factory.getbasetemp(), json.dumps({**manifest, key: value}))
+    try:
+        loaded = SimilarityArtifact.load(file)
+    except SimilarityError as error:
+        assert len(str(error)) < 600
+    else:
+        assert loaded.validate().layers == [0, 2] and loaded.num_experts == 6
+
+
+@pytest.mark.parametrize(
+    "key", ["x", "layers.a.cosine", "layers.1.2.3", "layers.-1.cosine", "layers.0.means", "layers.0.", ".."]
+)
+@pytest.mark.parametrize("shape", [(), (0,), (6,), (6, 6), (1, 1, 1)])
+def test_tensors_that_are_not_there_for_anything_are_refused(tmp_path, key, shape):
+    tensors = {f"layers.{layer}.{name}": value for (layer, name), value in artifact().matrices.items()}
+    text = json.dumps({**artifact().manifest, "format_version": FORMAT_VERSION, "tables": ["means"]})
+    refused_in_one_line(crafted(tmp_path, text, {**tensors, key: torch.zeros(shape).bfloat16()}))
