@@ -5,7 +5,7 @@ from pathlib import Path
 
 from sere.conf.errors import ConfigError
 from sere.conf.masking import mask_uri
-from sere.pipeline.tracking.store import first_line, unusable, use_store
+from sere.pipeline.tracking.store import first_line, read_store, unusable, use_store
 
 REGISTRY_SCHEME = "models:/"
 CANDIDATE, CHAMPION = "candidate", "champion"
@@ -34,14 +34,14 @@ def promote(version_uri: str, *, uri: str) -> tuple[str, str, str | None]:
         The model's name, the version, and the champion before (None: there was none).
 
     Raises:
-        ConfigError: if the form is wrong or there is no such version.
+        ConfigError: if the form is wrong, or there is no such store or version.
     """
     match = re.fullmatch(r"models:/([^/@]+)(?:/(\d+)|@([^/@]+))", version_uri)
     if match is None:
         raise ConfigError(f"{version_uri!r} must be models:/NAME/VERSION or models:/NAME@ALIAS")
     name, number, alias = match.groups()
+    read_store(uri)
     version = number or alias_version(uri, name, alias)
-    use_store(uri)
     import mlflow
     from mlflow.exceptions import MlflowException
 
@@ -70,7 +70,7 @@ def resolve_artifact(path_or_uri: str, *, tracking_uri: str | None, folder: Path
         return Path(path_or_uri)
     if not tracking_uri:
         raise ConfigError(f"{path_or_uri} needs an MLflow store: set tracking.uri, or give a path")
-    use_store(tracking_uri)
+    read_store(tracking_uri)
     import mlflow
     from mlflow.exceptions import MlflowException
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from sere.conf.errors import ConfigError
 from sere.conf.masking import mask_uri
-from sere.pipeline.tracking.store import first_line, use_store
+from sere.pipeline.tracking.store import first_line, read_store
 
 
 def read_runs(uri: str, experiment: str) -> list[dict[str, Any]]:
@@ -17,9 +17,7 @@ def read_runs(uri: str, experiment: str) -> list[dict[str, Any]]:
     Raises:
         ConfigError: if there is no such experiment.
     """
-    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
-        raise ConfigError(f"no MLflow store at {mask_uri(uri)}: give the tracking.uri of the runs with --uri")
-    use_store(uri)
+    read_store(uri)
     import mlflow
 
     found = mlflow.get_experiment_by_name(experiment)
@@ -49,7 +47,7 @@ def read_runs(uri: str, experiment: str) -> list[dict[str, Any]]:
 
 def read_history(uri: str, run_id: str, metric: str) -> list[tuple[int, float]]:
     """All values of a run's metric by step, in order; the last one where a step has several. Empty if there is none."""
-    use_store(uri)
+    read_store(uri)
     import mlflow
 
     values = mlflow.MlflowClient().get_metric_history(run_id, metric)
@@ -62,7 +60,7 @@ def download_file(uri: str, run_id: str, path: str, *, folder: Path) -> Path | N
     Raises:
         ConfigError: if the store of the artifacts cannot be read.
     """
-    use_store(uri)
+    read_store(uri)
     import mlflow
     from mlflow.exceptions import MlflowException
 

@@ -12,6 +12,7 @@ from sere.conf.schema import TrackingConfig
 from sere.pipeline.runtime import storage
 
 _PORTS = {"http": 80, "https": 443}
+_SQLITE = "sqlite:///"
 
 
 def quiet() -> None:
@@ -20,13 +21,26 @@ def quiet() -> None:
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
     # Each wait is twice as long as the one before it: 2, 4, 8 and 16 seconds.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "4")
+    # The lines about where to view a run have the address as it was given, with its password.
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     # Otherwise every new SQLite file announces its tables, and system metrics say that they begin and end.
     for name in ("mlflow.store.db.utils", "mlflow.system_metrics.system_metrics_monitor"):
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
+def read_store(uri: str) -> None:
+    """Point MLflow to a store that is there already.
+
+    Raises:
+        ConfigError: if it is not, or cannot be opened.
+    """
+    if uri.startswith(_SQLITE) and not Path(uri.removeprefix(_SQLITE)).is_file():
+        raise ConfigError(f"no MLflow store at {mask_uri(uri)}: give the tracking.uri of the runs with --uri")
+    use_store(uri)
+
+
 def use_store(uri: str) -> None:
-    """Point MLflow to a store; an SQLite file's folder is made.
+    """Point MLflow to a store; an SQLite file and its folder are made.
 
     Raises:
         ConfigError: if the store cannot be opened.
@@ -36,8 +50,8 @@ def use_store(uri: str) -> None:
     from mlflow.exceptions import MlflowException
 
     try:
-        if uri.startswith("sqlite:///"):
-            Path(uri.removeprefix("sqlite:///")).absolute().parent.mkdir(parents=True, exist_ok=True)
+        if uri.startswith(_SQLITE):
+            Path(uri.removeprefix(_SQLITE)).absolute().parent.mkdir(parents=True, exist_ok=True)
         elif uri.startswith(("http://", "https://")):
             # MLflow itself retries for minutes without a word.
             address = urlsplit(uri)
@@ -69,8 +83,8 @@ def use_experiment(config: TrackingConfig) -> str:
         experiment = mlflow.get_experiment_by_name(config.experiment)
         if experiment is None:
             location = None
-            if config.uri.startswith("sqlite:///"):
-                location = (Path(config.uri.removeprefix("sqlite:///")).absolute().parent / "mlartifacts").as_uri()
+            if config.uri.startswith(_SQLITE):
+                location = (Path(config.uri.removeprefix(_SQLITE)).absolute().parent / "mlartifacts").as_uri()
             mlflow.create_experiment(config.experiment, artifact_location=location)
         return mlflow.set_experiment(config.experiment).experiment_id
     except MlflowException as error:

@@ -20,13 +20,15 @@ from sere.conf.masking import mask_uri, mask_values
 from sere.conf.nested import flatten
 from sere.conf.schema import TrackingConfig
 from sere.pipeline.runtime.interrupts import uninterrupted
+from sere.pipeline.tracking.circumstances import circumstances
 from sere.pipeline.tracking.store import first_line, quiet, unusable, use_experiment, use_store
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _MAX_METRIC_NAME = 250
-_MAX_PARAM_LENGTH = 500
+# MLflow's own limit.
+_MAX_PARAM_LENGTH = 6000
 # Metrics of progress that wait to be sent; more are left out.
 _MAX_WAITING = 100
 
@@ -249,6 +251,7 @@ def track(
     try:
         with uninterrupted():
             tracker = MlflowTracker(mlflow.start_run(tags=tags, **options).info.run_id)
+            tracker.log_params(circumstances())
         yield tracker
         status = "FINISHED"
     except MlflowException as error:

@@ -3,6 +3,9 @@
 import os
 import random
 import signal
+import socket
+import subprocess
+import sys
 import threading
 import time
 
@@ -12,8 +15,9 @@ import pytest
 from sere.conf.errors import ConfigError
 from sere.conf.schema import CalibrateConfig, TrackingConfig
 from sere.pipeline.runtime.interrupts import uninterrupted
-from sere.pipeline.tracking.registry import resolve_artifact
-from sere.pipeline.tracking.runs import read_history, read_runs
+from sere.pipeline.tracking.circumstances import CIRCUMSTANCES
+from sere.pipeline.tracking.registry import promote, resolve_artifact
+from sere.pipeline.tracking.runs import download_file, read_history, read_runs
 from sere.pipeline.tracking.tracker import NullTracker, track
 
 
@@ -126,3 +130,72 @@ def test_a_store_that_fails_meanwhile_holds_up_nothing(tracking, monkeypatch, ca
     message = "the store is down"
     with pytest.raises(ConfigError, match=message), track(tracking, kind="generate", default_name="n"):
         raise mlflow.exceptions.MlflowException(message)
+
+
+def test_what_only_reads_makes_no_store(tmp_path):
+    uri = f"sqlite:///{tmp_path}/folder/typo.db"
+    readings = [
+        lambda: read_runs(uri, "e"),
+        lambda: read_history(uri, "0" * 32, "m"),
+        lambda: download_file(uri, "0" * 32, "f", folder=tmp_path),
+        lambda: promote("models:/m/1", uri=uri),
+        lambda: promote("models:/m@candidate", uri=uri),
+        lambda: resolve_artifact("models:/m@candidate", tracking_uri=uri, folder=tmp_path),
+    ]
+    for read in readings:
+        with pytest.raises(ConfigError, match="no MLflow store at"):
+            read()
+    assert not (tmp_path / "folder").exists()
+
+
+def test_a_run_says_what_it_ran_on(tracking):
+    with track(tracking, kind="generate", default_name="n") as tracker:
+        pass
+    # A run that goes on elsewhere keeps what it began with.
+    with track(tracking, kind="generate", default_name="n", run_id=tracker.run_id):
+        pass
+    (run,) = read_runs(tracking.uri, "e")
+    assert all(run["params"][name] for name in CIRCUMSTANCES)
+    assert run["params"]["versions.torch"][0].isdigit() and "vllm" in "".join(CIRCUMSTANCES)
+
+
+def test_long_params_are_kept_up_to_the_limit_of_mlflow(tracking):
+    with track(tracking, kind="generate", default_name="n") as tracker:
+        tracker.log_params({"template": "x" * 5999, "longer": "x" * 9999})
+    (run,) = read_runs(tracking.uri, "e")
+    assert len(run["params"]["template"]) == 5999 and len(run["params"]["longer"]) == 6000
+
+
+@pytest.mark.slow
+def test_a_password_in_the_address_of_a_server_is_not_printed(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    server = subprocess.Popen(
+        [*command, "--backend-store-uri", f"sqlite:///{tmp_path}/ml.db", "--default-artifact-root", str(tmp_path)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        for _ in range(1200):
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            assert server.poll() is None, "the server does not start"
+            time.sleep(0.1)
+        code = f"""
+from sere.conf.schema import TrackingConfig
+from sere.pipeline.tracking.tracker import track
+config = TrackingConfig(uri="http://user:hunter2@127.0.0.1:{port}", experiment="e")
+with track(config, kind="generate", default_name="n") as tracker:
+    tracker.log_metrics({{"m": 1.0}})
+print("done")
+"""
+        ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+        assert ran.returncode == 0 and "done" in ran.stdout, ran.stderr
+        assert "hunter2" not in ran.stdout + ran.stderr
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(60)
