@@ -13,8 +13,9 @@ from sere.conf.whole_file import written_whole
 from sere.pipeline.compare import charts
 from sere.pipeline.compare.heatmaps import heatmaps
 from sere.pipeline.compare.pareto import Group
-from sere.pipeline.compare.runs import Row, difference
+from sere.pipeline.compare.runs import Row, difference, similarity_of
 from sere.pipeline.tracking.artifacts import load_artifact
+from sere.pipeline.tracking.circumstances import CIRCUMSTANCES
 from sere.pipeline.tracking.runs import read_history
 
 _MAX_HEATMAPS = 4
@@ -87,6 +88,8 @@ def _facts(rows: list[Row]) -> list[tuple[str, str]]:
         ("Rows", ", ".join(counts) or "unknown"),
         ("Decode batch", of("engine.max_num_seqs")),
         ("Runs", f"{len(rows)}, {days[0]} to {days[-1]}" if len(days) > 1 else f"{len(rows)}, {days[0]}"),
+        ("Device", of("device")),
+        ("Versions", "; ".join(f"{key.partition('.')[2]} {of(key)}" for key in CIRCUMSTANCES if "." in key)),
         ("Commit", ", ".join(commits)),
     ]
 
@@ -213,9 +216,11 @@ def _heatmaps(rows: list[Row], uri: str) -> tuple[list[str], str, str]:
     users = sorted((row for row in rows if row.policy == "sere"), key=lambda row: not row.recommended)
     if not users:
         return [], "", ""
-    source, metric = users[0].params["reroute.similarity"], users[0].params["reroute.metric"]
+    params, source = users[0].params, similarity_of(users[0].params)
+    metric, digest = params["reroute.metric"], params.get("similarity_digest")
     try:
-        artifact = load_artifact(source, uri=uri)
+        # As it was then: an alias may have moved, and a path may hold another artifact by now.
+        artifact = load_artifact(params.get("similarity_version") or params["reroute.similarity"], uri=uri, digest=digest)
         artifact.matrix(artifact.layers[0], metric)
     except (ConfigError, OSError) as error:
         return [], "", f"no similarity heatmaps, as {source} cannot be read: {error}"

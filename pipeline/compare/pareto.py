@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Literal
 
 from sere.pipeline.compare.losses import Loss
@@ -59,7 +60,8 @@ class Recommendation:
     text: str
     """One sentence."""
     certainty: Literal["safe", "likely", "unknown", "unmodified", "none"]
-    """safe: even the interval's upper end is within the loss allowed; likely: only the point estimate is; unknown: there is no
+    """safe: even the interval's upper end is within the loss allowed, corrected for the number of configurations that were
+    to choose from; likely: only the point estimate is; unknown: there is no
     interval; unmodified: nothing but the unmodified model qualifies; none: the runs cannot tell."""
     row: Row | None = None
 
@@ -77,12 +79,15 @@ class Group:
 def recommend(rows: list[Row], *, by: str, max_loss: float) -> Recommendation:
     """The cheapest of comparable rows whose loss is within `max_loss`; of equally cheap ones that with the lowest loss.
 
+    Speeds that differ by less than their noise are equal. Runs in batches of several sizes are left out.
+
     Args:
         rows: One group, with losses.
         by: A key of `OBJECTIVES`.
         max_loss: Quality loss allowed.
     """
     metric, sign = OBJECTIVES[by]
+    rows = [row for row in rows if not row.is_mixed]
     baseline = next((row for row in rows if row.is_baseline), None)
     lossy = [row for row in rows if row.loss is not None and not row.is_baseline]
     others = [row for row in lossy if metric in row.metrics]
@@ -111,9 +116,9 @@ def recommend(rows: list[Row], *, by: str, max_loss: float) -> Recommendation:
             "unmodified",
             baseline,
         )
-    best = within[0]
+    best = min((row for row in within if not _differs(row, within[0], metric)), key=lambda row: _loss(row).point)
     loss = _loss(best)
-    if metric in baseline.metrics and rank(best)[0] >= sign * baseline.metrics[metric]:
+    if metric in baseline.metrics and not _is_better(best, baseline, metric, sign):
         return Recommendation(
             f"Recommended: the unmodified model, as no configuration with a quality loss within {max_loss:g} {better}.",
             "unmodified",
@@ -125,13 +130,55 @@ def recommend(rows: list[Row], *, by: str, max_loss: float) -> Recommendation:
     )
     if loss.high is None:
         return Recommendation(f"{start}; how sure that is cannot be said without scores of rows.", "unknown", best)
-    if loss.high <= limit:
-        return Recommendation(f"{start}, safe: even the interval's upper end is within.", "safe", best)
-    safe = next((row for row in within if (high := _loss(row).high) is not None and high <= limit), None)
-    if safe is not None and metric in baseline.metrics and rank(safe)[0] >= sign * baseline.metrics[metric]:
+    certain = _within_for_sure(others, limit)
+    among = f" for {len(others)} configurations to choose from (Holm)" if len(others) > 1 else ""
+    if best.run_id in certain:
+        return Recommendation(f"{start}, safe: even the interval's upper end is within{among}.", "safe", best)
+    safe = next((row for row in within if row.run_id in certain), None)
+    if safe is not None and metric in baseline.metrics and not _is_better(safe, baseline, metric, sign):
         safe = None
     also = f"; safe would be {safe.label} ({_gain(safe, baseline, by)})" if safe is not None else ""
-    return Recommendation(f"{start}, likely: only the point estimate is within, not the upper end{also}.", "likely", best)
+    if loss.high <= limit:
+        among = f"only the upper end of its own interval is within, not the one{among}"
+    else:
+        among = "only the point estimate is within, not the upper end"
+    return Recommendation(f"{start}, likely: {among}{also}.", "likely", best)
+
+
+def _within_for_sure(rows: list[Row], limit: float) -> set[str]:
+    """Of the rows with intervals, those whose loss is within the limit at 97.5%, all of them together (Holm 1979).
+
+    Whoever takes the cheapest of many takes one that was lucky. The interval's upper half is taken for that of a normal
+    distribution, and made as wide as the step needs.
+    """
+    found: set[str] = set()
+    normal = NormalDist()
+
+    def p_value(row: Row) -> float:
+        loss = _loss(row)
+        assert loss.high is not None
+        error = (loss.high - loss.point) / normal.inv_cdf(0.975)
+        return normal.cdf((loss.point - limit) / error) if error > 0 else float(loss.point > limit)
+
+    ordered = sorted((p_value(row), row.run_id) for row in rows if _loss(row).high is not None)
+    for place, (value, run_id) in enumerate(ordered):
+        # A hair more, as the limit is: an upper end that is the limit is within.
+        if value > 0.025 / (len(rows) - place) + 1e-6:
+            break
+        found.add(run_id)
+    return found
+
+
+def _differs(row: Row, other: Row, metric: str) -> bool:
+    """Whether two rows' costs are not the same: speeds have to differ by more than their noise (95%), where that is known."""
+    gap = abs(row.metrics[metric] - other.metrics[metric])
+    if metric != OBJECTIVES["speed"][0] or row.speed_error is None or other.speed_error is None:
+        return gap > 0
+    return gap > NormalDist().inv_cdf(0.975) * math.hypot(row.speed_error, other.speed_error)
+
+
+def _is_better(row: Row, baseline: Row, metric: str, sign: int) -> bool:
+    return sign * row.metrics[metric] < sign * baseline.metrics[metric] and _differs(row, baseline, metric)
 
 
 def describe_loss(loss: Loss) -> str:

@@ -1,6 +1,7 @@
 """`sere compare`: the generate runs of an experiment as tables, a CSV file, a picture and a web page, and which one to take."""
 
 import dataclasses
+import statistics
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,11 +12,15 @@ from sere.pipeline.compare.page import write_report
 from sere.pipeline.compare.pareto import OBJECTIVES, Group, recommend, with_fronts
 from sere.pipeline.compare.runs import Row, difference, groups_of, rows_of
 from sere.pipeline.compare.table import make_figure, make_table, make_task_table, write_csv
-from sere.pipeline.tracking.runs import download_file, read_runs
+from sere.pipeline.tracking.runs import download_file, read_history, read_runs
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from rich.console import Console
+
+_PROGRESS = "progress/tokens_per_s"
+# Fewer do not say how much speeds vary.
+_LEAST_SPEEDS = 4
 
 
 def _scores(row: Row, uri: str, folder: Path, notes: list[str]) -> "pa.Table | None":
@@ -54,12 +59,24 @@ def with_losses(rows: list[Row], *, uri: str, notes: list[str]) -> list[Row]:
     return found
 
 
+def with_speed_errors(rows: list[Row], *, uri: str) -> list[Row]:
+    """Rows with the standard errors of their speeds, from how these varied during the runs."""
+    found = []
+    for row in rows:
+        values = [value for _, value in read_history(uri, row.run_id, _PROGRESS)] if _PROGRESS in row.metrics else []
+        # While engines start and stop, speeds say nothing.
+        values = [value for value in values[1:-1] if value > 0]
+        error = statistics.stdev(values) / len(values) ** 0.5 if len(values) >= _LEAST_SPEEDS else None
+        found.append(dataclasses.replace(row, speed_error=error))
+    return found
+
+
 def analyse(rows: list[Row], *, uri: str, max_loss: float, by: str) -> tuple[list[Group], list[str]]:
     """Losses, fronts and a recommendation within each group of comparable rows; and notes on what could not be read."""
     groups: list[Group] = []
     notes: list[str] = []
     for name, members in groups_of(rows).items():
-        members = with_fronts(with_losses(members, uri=uri, notes=notes))
+        members = with_fronts(with_speed_errors(with_losses(members, uri=uri, notes=notes), uri=uri))
         choice = recommend(members, by=by, max_loss=max_loss)
         groups.append(Group(name, [dataclasses.replace(row, recommended=row is choice.row) for row in members], choice))
     return groups, notes

@@ -10,6 +10,7 @@ from sere.conf.nested import flatten
 from sere.conf.schema import GenerateConfig, RerouteConfig
 from sere.conf.schema.named import unused_settings
 from sere.pipeline.compare.losses import Loss
+from sere.pipeline.tracking.circumstances import CIRCUMSTANCES
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,13 @@ class Row:
     pareto_active_experts: bool = False
     pareto_speed: bool = False
     recommended: bool = False
+    speed_error: float | None = None
+    """Standard error of its tokens/s; None where too little was recorded to tell."""
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether parts of it were decoded in batches of another size: nothing can be recommended by it."""
+        return self.params.get("mixed_batch", "").lower() == "true"
 
     @property
     def is_baseline(self) -> bool:
@@ -67,6 +75,8 @@ _GROUP = (
     "engine.pipeline_parallel_size",
     "engine.enforce_eager",
     "engine.accelerator_type",
+    # Answers and speeds depend on them; runs of older versions did not say.
+    *CIRCUMSTANCES,
 )
 # Settings of which a label speaks only where they are not the default.
 _OPTIONAL = ("phase", "min_tokens", "max_tokens", "seed", "policy_file")
@@ -88,6 +98,13 @@ def _group(params: dict[str, str], data_digest: str) -> tuple[tuple[str, str], .
     return (*((key, known.get(key, "")) for key in keys if known.get(key) != "None"), ("data_digest", data_digest))
 
 
+def similarity_of(params: dict[str, str]) -> str:
+    """The artifact that a run used: its version as it was then, and by its digest; an alias may have moved since."""
+    name = params.get("similarity_version") or params.get("reroute.similarity", "None")
+    digest = params.get("similarity_digest", "")
+    return f"{name} ({digest[:8]})" if digest else name
+
+
 def _label(params: dict[str, str], *, with_similarity: bool) -> tuple[str, str]:
     """A short name of a configuration, and its policy."""
     policy = params.get("reroute.policy", "none")
@@ -99,7 +116,7 @@ def _label(params: dict[str, str], *, with_similarity: bool) -> tuple[str, str]:
     if "threshold" not in unused:
         parts.append(f"{params['reroute.metric']} rho={float(params['reroute.threshold']):g}")
     if with_similarity and "similarity" not in unused:
-        parts.append(params["reroute.similarity"])
+        parts.append(similarity_of(params))
     parts += [f"{name.removeprefix('reroute.')}={params[name]}" for name in overrides]
     if params.get("reroute.weights", "None") != "None":
         parts.append(f"weights={params['reroute.weights']}")
@@ -116,7 +133,7 @@ def rows_of(runs: list[dict[str, Any]]) -> list[Row]:
     Runs that decode another model or data, or in other batches, are other configurations.
     """
     used = {
-        run["params"].get("reroute.similarity")
+        similarity_of(run["params"])
         for run in runs
         if "similarity" not in unused_settings(run["params"].get("reroute.policy", "none"))
     }

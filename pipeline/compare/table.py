@@ -34,10 +34,13 @@ _FOUND = ("loss", "loss_low", "loss_high", "pareto_active_experts", "pareto_spee
 
 
 _CAPTION = "> recommended; on the Pareto front of quality: * against active experts, + against tokens/s"
+_MIXED = "; ~ decoded in batches of several sizes: left out of the recommendation"
+# More columns than these fold on any terminal.
+_MAX_TASKS = 24
 
 
 def _marks(row: Row) -> str:
-    return ">" * row.recommended + "*" * row.pareto_active_experts + "+" * row.pareto_speed
+    return ">" * row.recommended + "*" * row.pareto_active_experts + "+" * row.pareto_speed + "~" * row.is_mixed
 
 
 def _interval(row: Row) -> str:
@@ -55,7 +58,7 @@ def make_table(rows: list[Row], experiment: str) -> "Table":
         box=box.SIMPLE_HEAD,
         title=f"{escape(experiment)}: decode batch {', '.join(batches)}; in brackets: difference to the unmodified model",
         title_style="bold",
-        caption=_CAPTION,
+        caption=_CAPTION + (_MIXED if any(row.is_mixed for row in rows) else ""),
         padding=(0, 1, 0, 0),
     )
     table.add_column("", no_wrap=True)
@@ -114,7 +117,11 @@ def make_task_table(rows: list[Row]) -> "Table | None":
     tasks = sorted({task for row in rows for task in row.by_task})
     if not tasks:
         return None
-    table = Table(title="exact match by task", title_style="bold", box=box.SIMPLE_HEAD)
+    title = "exact match by task"
+    if len(tasks) > _MAX_TASKS:
+        title += f": {_MAX_TASKS} of {len(tasks)} tasks, all are in compare.csv"
+        tasks = tasks[:_MAX_TASKS]
+    table = Table(title=title, title_style="bold", box=box.SIMPLE_HEAD)
     table.add_column("configuration", no_wrap=True)
     for task in tasks:
         table.add_column(escape(task), justify="right")

@@ -90,7 +90,7 @@ def _join(address: str) -> None:
 
 def _refuse_silent(address: str) -> None:
     """Refuse an address at which no Ray answers: Ray itself would try for minutes."""
-    import grpc
+    import grpc  # type: ignore[import-untyped]
     from ray._private.grpc_utils import init_grpc_channel
 
     place = address.rpartition("://")[2]

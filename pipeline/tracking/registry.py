@@ -27,6 +27,27 @@ def alias_version(uri: str, name: str, alias: str, *, not_from: str | None = Non
         raise unusable(uri, error) from error
 
 
+def resolve_version(path_or_uri: str, *, uri: str | None) -> str:
+    """`models:/NAME/VERSION` for `models:/NAME@ALIAS`, whatever else as it is: to be asked once, as aliases move.
+
+    Raises:
+        ConfigError: if there is no such store or alias.
+    """
+    match = re.fullmatch(rf"{REGISTRY_SCHEME}([^/@]+)@([^/@]+)", path_or_uri)
+    if match is None:
+        return path_or_uri
+    if not uri:
+        raise ConfigError(f"{path_or_uri} needs an MLflow store: set tracking.uri, or give a path")
+    read_store(uri)
+    version = alias_version(uri, *match.groups())
+    if version is None:
+        raise ConfigError(
+            f"{path_or_uri} cannot be read from {mask_uri(uri)} (no such alias): run `sere calibrate` with this tracking.uri, "
+            "or give a path"
+        )
+    return f"{REGISTRY_SCHEME}{match[1]}/{version}"
+
+
 def promote(version_uri: str, *, uri: str) -> tuple[str, str, str | None]:
     """Move alias champion to a version given as `models:/NAME/VERSION` or `models:/NAME@ALIAS`.
 

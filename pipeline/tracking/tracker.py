@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 _MAX_METRIC_NAME = 250
 # MLflow's own limit.
 _MAX_PARAM_LENGTH = 6000
+# A column that is no task but an identifier would make a metric of each row.
+_TASK, _MAX_TASKS = "exact_match/", 200
 # Metrics of progress that wait to be sent; more are left out.
 _MAX_WAITING = 100
 
@@ -134,7 +136,12 @@ class MlflowTracker(NullTracker):
     def log_metrics(self, metrics: Mapping[str, float], *, step: int = 0) -> None:
         import mlflow
 
-        mlflow.log_metrics({_metric_name(key): float(value) for key, value in metrics.items()}, step=step)
+        tasks = [key for key in metrics if key.startswith(_TASK)]
+        if len(tasks) > _MAX_TASKS:
+            _log.warning("%d tasks: exact match of the first %d goes to MLflow by task", len(tasks), _MAX_TASKS)
+        left_out = set(tasks[_MAX_TASKS:])
+        kept = {_metric_name(key): float(value) for key, value in metrics.items() if key not in left_out}
+        mlflow.log_metrics(kept, step=step)
 
     @uninterrupted()
     def log_values(self, values: Mapping[str, Any], path: str) -> None:

@@ -1,5 +1,6 @@
 """Losses with their intervals, Pareto fronts and the recommendation, against definitions and simulated data."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -130,7 +131,7 @@ def test_fronts_of_rows():
 
 
 def test_fastest_within_the_loss_is_recommended():
-    safe = row("safe", 0.89, 30, 1200, Loss(0.01, 0.0, 0.02, 500))
+    safe = row("safe", 0.89, 30, 1200, Loss(0.01, 0.002, 0.018, 500))
     likely = row("likely", 0.885, 20, 1300, Loss(0.015, -0.01, 0.04, 500))
     bad = row("bad", 0.5, 10, 2000, Loss(0.4, 0.3, 0.5, 500))
     found = recommend([BASE, safe, likely, bad], by="speed", max_loss=0.02)
@@ -176,3 +177,44 @@ def test_runs_that_cannot_tell():
     slow = row("slow", 0.9, 10, None, Loss(0.0))
     assert "no other run has tokens_per_s" in recommend([BASE, slow], by="speed", max_loss=0.02).text
     assert recommend([BASE, slow], by="active_experts", max_loss=0.02).row is slow
+
+
+def test_the_cheapest_of_many_is_not_safe_by_luck():
+    """Each upper end is within; of forty such configurations one is so by chance."""
+    rows = [row(str(i), 0.89, 20, 1200 + i, Loss(0.01, 0.0005, 0.0195, 500)) for i in range(40)]
+    found = recommend([BASE, *rows], by="speed", max_loss=0.02)
+    assert found.row is rows[-1] and found.certainty == "likely"
+    assert "not the one for 40 configurations to choose from (Holm)" in found.text
+    assert recommend([BASE, rows[-1]], by="speed", max_loss=0.02).certainty == "safe"
+
+
+def test_few_false_claims_whatever_the_number_of_configurations():
+    """None is within the limit, by a hair: any claim is false, and one time in forty there may be one."""
+    generator = np.random.default_rng(0)
+    claims = 0
+    for _ in range(400):
+        points = 0.02001 + 0.005 * generator.standard_normal(20)
+        rows = [row(str(i), 0.9, 20, 2000, Loss(p, p - 0.0098, p + 0.0098, 500)) for i, p in enumerate(points)]
+        claims += recommend([BASE, *rows], by="speed", max_loss=0.02).certainty == "safe"
+    assert claims <= 20
+
+
+def test_a_difference_in_speed_within_its_noise_is_none():
+    def noisy(made, error):
+        return dataclasses.replace(made, speed_error=error)
+
+    fast = row("fast", 0.89, 30, 1030, Loss(0.006, 0.002, 0.010, 500))
+    slow = row("slow", 0.89, 30, 1020, Loss(0.005, 0.001, 0.009, 500))
+    base = noisy(BASE, 20)
+    found = recommend([base, noisy(fast, 20), noisy(slow, 20)], by="speed", max_loss=0.02)
+    assert found.row is base and "is faster" in found.text
+    base = noisy(BASE, 2)
+    assert recommend([base, noisy(fast, 2), noisy(slow, 2)], by="speed", max_loss=0.02).row.label == "fast"
+    assert recommend([base, noisy(fast, 8), noisy(slow, 2)], by="speed", max_loss=0.02).row.label == "slow", "less loss"
+    assert recommend([BASE, fast, slow], by="speed", max_loss=0.02).row is fast, "where no noise is known"
+
+
+def test_runs_in_batches_of_several_sizes_are_left_out():
+    good = row("good", 0.89, 30, 1200, Loss(0.01, 0.002, 0.015, 500))
+    mixed = dataclasses.replace(row("mixed", 0.89, 20, 1500, Loss(0.01, 0.002, 0.015, 500)), params={"mixed_batch": "True"})
+    assert recommend([BASE, good, mixed], by="speed", max_loss=0.02).row is good

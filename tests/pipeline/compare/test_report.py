@@ -13,6 +13,8 @@ from sere.conf.errors import ConfigError
 from sere.conf.schema import EngineConfig, GenerateConfig, RerouteConfig, TrackingConfig
 from sere.pipeline.cli import main
 from sere.pipeline.compare.report import compare
+from sere.pipeline.tracking import tracker as tracker_module
+from sere.pipeline.tracking.circumstances import circumstances
 from sere.pipeline.tracking.tracker import track
 
 BASE = dict(active_experts_before=40.0, critical_share=0.0, tokens_per_s=1000.0, mean_generated_tokens=9.0)
@@ -24,12 +26,12 @@ def store(tmp_path):
     mlflow.set_tracking_uri(None)
 
 
-def record(store, reroute, metrics, *, max_num_seqs=16, hits=None, folder=None):
+def record(store, reroute, metrics, *, max_num_seqs=16, hits=None, folder=None, **params):
     engine = EngineConfig(max_num_seqs=max_num_seqs)
     config = GenerateConfig(model="m", data="d", output="o", reroute=reroute, engine=engine, tracking=store)
     with track(store, kind="generate", default_name="n") as tracker:
         tracker.log_config(config)
-        tracker.log_params({})
+        tracker.log_params(params)
         tracker.log_metrics({**BASE, **metrics})
         if hits is not None:
             keys = {"source_file": ["f"] * len(hits), "source_row": range(len(hits)), "task": [None] * len(hits)}
@@ -149,3 +151,35 @@ def test_arguments(store, tmp_path):
     assert main(["compare", "e", "--uri", store.uri, "--output", str(tmp_path / "o"), "--max-loss", "2"]) == 2
     assert main(["compare", "e", "--uri", store.uri, "--output", str(tmp_path / "o"), "--by", "active_experts"]) == 0
     assert {file.name for file in (tmp_path / "o").iterdir()} == {"compare.csv", "report.html"}
+
+
+def test_other_devices_and_versions_are_not_compared(store, tmp_path, monkeypatch):
+    record(store, RerouteConfig(policy="none"), {"exact_match": 0.9, "active_experts_after": 40.0})
+    known = circumstances()
+    for name in ("device", "versions.vllm", "versions.torch", "versions.sere"):
+        monkeypatch.setattr(tracker_module, "circumstances", lambda name=name: {**known, name: "another"})
+        record(store, RerouteConfig(policy="random"), {"exact_match": 0.8, "active_experts_after": 20.0})
+    rows, text = show(store, tmp_path)
+    assert len(rows) == 5 and "0.800 (" not in text and all(row.loss is None for row in rows[1:])
+    assert "vllm another" in " ".join(text.split())
+
+
+def test_an_alias_that_moved_is_two_configurations(store, tmp_path):
+    record(store, RerouteConfig(policy="none"), {"exact_match": 0.9, "active_experts_after": 40.0})
+    sere = RerouteConfig(policy="sere", similarity="models:/m@candidate")
+    for number in (1, 2):
+        known = {"similarity_version": f"models:/m/{number}", "similarity_digest": f"{number}" * 64}
+        record(store, sere, {"exact_match": 0.8, "active_experts_after": 20.0}, **known)
+    rows, _ = show(store, tmp_path)
+    assert [row.label.rpartition(", ")[2] for row in rows[1:]] == ["models:/m/1 (11111111)", "models:/m/2 (22222222)"]
+
+
+def test_mixed_batches_and_many_tasks_are_told(store, tmp_path, caplog):
+    tasks = {f"exact_match/t{number:04d}": 0.5 for number in range(300)}
+    record(store, RerouteConfig(policy="none"), {"exact_match": 0.9, "active_experts_after": 40.0, **tasks})
+    assert "300 tasks: exact match of the first 200" in caplog.text
+    random = RerouteConfig(policy="random")
+    record(store, random, {"exact_match": 0.9, "active_experts_after": 20.0, "tokens_per_s": 2000.0}, mixed_batch="true")
+    rows, text = show(store, tmp_path)
+    assert len(rows[0].by_task) == 200 and "24 of 200 tasks" in " ".join(text.split())
+    assert "~ decoded in batches of several sizes" in " ".join(text.split()) and not any(row.recommended for row in rows[1:])
