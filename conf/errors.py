@@ -1,10 +1,14 @@
-"""The error that users see, and the one for a key that does not exist."""
+"""The errors that users see, and the one for a key that does not exist."""
 
 import difflib
 
 
 class ConfigError(ValueError):
     """A setting or an input that the user has to change. The message names the value and the remedy, in one line."""
+
+
+class TryAgainError(ConfigError):
+    """What the same command may get past when it is run again: nothing has to be changed. Exit status 75, not 2."""
 
 
 def unknown_key(key: str, valid: list[str], where: str) -> ConfigError:

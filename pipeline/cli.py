@@ -6,6 +6,7 @@ nowhere below.
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from importlib import metadata
@@ -22,6 +23,8 @@ _QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
 }
 EXIT_USER_ERROR = 2
+EXIT_TRY_AGAIN = 75
+"""EX_TEMPFAIL of sysexits.h: schedulers can tell by it what to run again."""
 EXIT_INTERRUPTED = 130
 
 
@@ -50,7 +53,12 @@ def _ray_address() -> str | None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns the exit status: 0, 2 for an error the user can mend, 130 if interrupted."""
+    """Run one command.
+
+    Returns:
+        The exit status: 0; 2 for an error the user can mend; 75 where the same command may succeed when it is run again; 130
+        if interrupted.
+    """
     commands = find_commands()
     arguments = _parser(commands).parse_args(argv)
     command = commands[arguments.command]
@@ -59,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from rich.console import Console
 
-    from sere.conf.errors import ConfigError
+    from sere.conf.errors import ConfigError, TryAgainError
 
     # Where the output goes to a file, do not fold tables to 80 columns.
     console = Console(width=None if sys.stdout.isatty() else 140)
@@ -67,8 +75,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         command.run(arguments, Surroundings(console=console, ray_address=_ray_address()))
     except ConfigError as error:
         print(f"sere: {' '.join(str(error).split())}", file=sys.stderr)  # noqa: T201
-        return EXIT_USER_ERROR
+        return EXIT_TRY_AGAIN if isinstance(error, TryAgainError) else EXIT_USER_ERROR
     except KeyboardInterrupt:
+        # Ray takes seconds to end. Whoever does not wait for it need not read where it was.
+        signal.signal(signal.SIGINT, lambda *_: os._exit(EXIT_INTERRUPTED))
         print(f"sere: interrupted{', the same command continues' if command.continues else ''}", file=sys.stderr)  # noqa: T201
         return EXIT_INTERRUPTED
     return 0
