@@ -30,7 +30,7 @@ def local_ray():
     """Started here because Ray's log handler keeps the error stream it finds, and each test has its own."""
     import ray
 
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
 

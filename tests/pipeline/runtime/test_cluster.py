@@ -1,10 +1,12 @@
 """A local Ray keeps to its machine; a cluster made by `ray start` is joined, and one that is not there is one line."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from contextlib import contextmanager
@@ -90,8 +92,13 @@ def head(port, home):
     """A head in the foreground, which takes its processes with it."""
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", f"--port={port}", "--num-cpus=1"]
     options = ["--include-dashboard=false", f"--ray-client-server-port={free_port()}", '--resources={"test_head": 1}']
+    # Ray notes there which cluster runs, for whoever looks for one. Not below tmp_path: paths of sockets are short.
+    folder = tempfile.mkdtemp(prefix="sere-ray-")
     started = subprocess.Popen(
-        [*command, *options], env=environment(home), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [*command, *options, f"--temp-dir={folder}"],
+        env=environment(home, RAY_TMPDIR=folder),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     try:
         for _ in range(600):
@@ -104,6 +111,7 @@ def head(port, home):
     finally:
         started.send_signal(signal.SIGTERM)
         started.wait(60)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.mark.slow
