@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from sere.conf.errors import ConfigError
+from sere.conf.errors import TryAgainError
 from sere.conf.schema import GenerateConfig
 from sere.pipeline.data.source import FILE_NUMBER, Source
 from sere.pipeline.evaluate.scorers import exact_match, score
@@ -52,11 +52,12 @@ def finish(
         is_ordered: The parts are in the input's order.
 
     Raises:
-        ConfigError: if rows are not finished, or more of them have errors than the job allows.
+        TryAgainError: if rows are not finished.
+        ConfigError: if more of them have errors than the job allows.
     """
     finished = parts.scan()
     if finished.num_rows != source.num_rows:
-        raise ConfigError(
+        raise TryAgainError(
             f"{source.num_rows - finished.num_rows} of {source.num_rows} rows are not finished: run the same command again"
         )
     if finished.num_duplicates:
@@ -139,7 +140,7 @@ def _put_in_order(source: Source, folder: JobFolder, parts: Parts, before: list[
     """Write the parts once more in the input's order, beside the others; returns the new ones' names.
 
     Raises:
-        ConfigError: if it is not as many rows that were written.
+        TryAgainError: if it is not as many rows that were written.
     """
     import ray.data
 
@@ -155,7 +156,7 @@ def _put_in_order(source: Source, folder: JobFolder, parts: Parts, before: list[
     written = parts.names(prefix)
     counted = sum(len(table) for table in parts.read_all(written, ["source_row"]))
     if not num_rows == num_written == counted:
-        raise ConfigError(
+        raise TryAgainError(
             f"{parts.storage.shown}: of {num_rows} rows to be put in order {num_written} were written and {counted} are there. "
             "Nothing was removed: run the same command again"
         )

@@ -7,12 +7,14 @@ from typing import Any
 
 import pyarrow as pa
 
-from sere.conf.errors import ConfigError
+from sere.conf.errors import ConfigError, TryAgainError
+from sere.conf.masking import mask_uri
 from sere.conf.schema import GenerateConfig
 from sere.pipeline.data.read import read_file
 from sere.pipeline.data.source import Source
 from sere.pipeline.generate.dispatch.work import Rows, cut
 from sere.pipeline.generate.parts import Finished
+from sere.pipeline.runtime.storage import first_line
 
 # Small, so that the first rows of a large file arrive soon.
 _BLOCK_BYTES = 16 * 2**20
@@ -58,4 +60,15 @@ def read_batches(source: Source, finished: Finished, config: GenerateConfig) -> 
     try:
         yield from cut((block for block in blocks if len(block)), config.batch_size)
     except ray.exceptions.RayTaskError as error:
-        raise error.cause if isinstance(error.cause, ConfigError) else error.as_instanceof_cause() from None
+        cause = error.cause
+        if isinstance(cause, ConfigError):
+            raise cause from None
+        reason = f"{type(cause).__name__}: {mask_uri(first_line(cause))}"
+        raise TryAgainError(
+            f"{mask_uri(source.spec.data)} cannot be read ({reason}): run the same command again; what is finished is kept"
+        ) from error
+    except ray.exceptions.RayError as error:
+        raise TryAgainError(
+            f"Ray lost the reading of {mask_uri(source.spec.data)} ({first_line(error)}): run the same command again; what is "
+            "finished is kept"
+        ) from error

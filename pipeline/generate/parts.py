@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from sere.conf.errors import ConfigError
+from sere.conf.errors import ConfigError, TryAgainError
 from sere.pipeline.data.source import PLACE
 from sere.pipeline.runtime.storage import Storage
 
@@ -137,7 +137,7 @@ class Parts:
         """A part from memory; None if its bytes are no parquet.
 
         Raises:
-            ConfigError: if not all bytes could be read.
+            TryAgainError: if not all bytes could be read.
         """
         reason = "it is gone"
         try:
@@ -148,7 +148,7 @@ class Parts:
             # Every kind of storage has errors of its own.
             reason, content = (str(error) or type(error).__name__).splitlines()[0], None
         if content is None:
-            raise ConfigError(
+            raise TryAgainError(
                 f"{self.storage.shown}/{name} cannot be read now ({reason}): nothing was changed, run the same command again "
                 "when the storage answers"
             )

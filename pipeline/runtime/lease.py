@@ -16,7 +16,7 @@ import time
 import uuid
 from typing import Any
 
-from sere.conf.errors import ConfigError
+from sere.conf.errors import ConfigError, TryAgainError
 from sere.conf.masking import mask_uri
 from sere.pipeline.runtime.storage import Storage, first_line
 
@@ -33,14 +33,14 @@ def take_lease(storage: Storage) -> "FileLock | ObjectLease":
     """Become the only process at work in a folder.
 
     Raises:
-        ConfigError: if another one is.
+        TryAgainError: if another one is.
         OSError: if the folder cannot be written to.
     """
     return FileLock(storage) if storage.is_local else ObjectLease(storage)
 
 
-def _busy(storage: Storage, who: str = "another process") -> ConfigError:
-    return ConfigError(f"{who} works in {storage.shown}: wait for it, or choose another output")
+def _busy(storage: Storage, who: str = "another process") -> TryAgainError:
+    return TryAgainError(f"{who} works in {storage.shown}: wait for it, or choose another output")
 
 
 class FileLock:
@@ -106,7 +106,7 @@ class ObjectLease:
         """Return when the process that has this lease has released it, or does not write any more.
 
         Raises:
-            ConfigError: if it is at work.
+            TryAgainError: if it is at work.
         """
         first, started = self._storage.get(name), time.monotonic()
         while True:

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_delay, wait_exponential_jitter
 
-from sere.conf.errors import ConfigError
+from sere.conf.errors import ConfigError, TryAgainError
 from sere.conf.masking import mask_uri
 
 PATIENCE_S = 60.0
@@ -25,6 +25,7 @@ _FINAL = (
     TypeError,
     LookupError,
     AttributeError,
+    NameError,
     ImportError,
     AssertionError,
     MemoryError,
@@ -32,20 +33,6 @@ _FINAL = (
 # A full or read-only disk does not mend itself within a minute, and a name that is refused stays refused.
 _FINAL_NUMBERS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL, errno.EFBIG}
 _Result = TypeVar("_Result")
-
-
-class StorageError(ConfigError):
-    """A file cannot be read or written, also not after a while."""
-
-    def __init__(self, message: str, passes: bool = False) -> None:
-        """One line, and whether the same command may succeed later without anything being changed."""
-        super().__init__(message, passes)
-        self.passes = passes
-
-    def __str__(self) -> str:
-        return self.args[0]
-
-
 _log = logging.getLogger(__name__)
 
 
@@ -65,7 +52,8 @@ def patiently(call: Callable[[], _Result], *, what: str, patience_s: float = PAT
         patience_s: Seconds after which its error is raised.
 
     Raises:
-        StorageError: if it fails for good.
+        TryAgainError: if it fails for so long.
+        ConfigError: if it fails in a way that does not pass.
     """
 
     def say(state: RetryCallState) -> None:
@@ -88,7 +76,7 @@ def patiently(call: Callable[[], _Result], *, what: str, patience_s: float = PAT
         reason = mask_uri((str(error).strip() or type(error).__name__).splitlines()[0])
         if may_pass(error):
             remedy = "run the same command again when the storage answers"
-            raise StorageError(f"{what} cannot be used ({reason}): {remedy}", True) from error
-        raise StorageError(
+            raise TryAgainError(f"{what} cannot be used ({reason}): {remedy}") from error
+        raise ConfigError(
             f"{what} cannot be used ({reason}): mend that, and run the same command again; what is finished is kept"
         ) from error

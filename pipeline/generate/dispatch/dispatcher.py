@@ -10,12 +10,11 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from sere.conf.errors import ConfigError
+from sere.conf.errors import ConfigError, TryAgainError
 from sere.pipeline.generate.dispatch.again import next_tries
 from sere.pipeline.generate.dispatch.read_ahead import ReadAhead
 from sere.pipeline.generate.dispatch.starts import Starts
 from sere.pipeline.generate.dispatch.work import Batch, Death, Handle, Rows, death_of, reason
-from sere.pipeline.runtime.retries import StorageError
 
 _log = logging.getLogger(__name__)
 _POLL_S = 1.0
@@ -79,7 +78,8 @@ class Dispatcher:
             rows: Those of a batch at a time.
 
         Raises:
-            ConfigError: if replicas cannot start, or keep dying, or cannot write.
+            ConfigError: if replicas cannot start, or cannot write.
+            TryAgainError: if they keep dying.
         """
         with ReadAhead(rows, self._split, size=self._num_replicas * self._concurrent_batches) as ahead:
             for _ in range(self._num_replicas):
@@ -186,7 +186,7 @@ class Dispatcher:
         except ray.exceptions.RayTaskError as error:
             cause = error.cause
             # A disk that is full or read-only is so for every replica; a storage that did not answer costs this one.
-            if isinstance(cause, ConfigError) and not (isinstance(cause, StorageError) and cause.passes):
+            if isinstance(cause, ConfigError) and not isinstance(cause, TryAgainError):
                 raise cause from None
             self._bury(handle, Death(reason(error), is_rows_fault="EngineDead" in f"{type(cause).__name__} {error}"))
             return False
@@ -235,7 +235,7 @@ class Dispatcher:
         self._deaths_in_vain = 1 if total > self._num_written else self._deaths_in_vain + 1
         self._num_written = total
         if self._deaths_in_vain > max(_MAX_DEATHS_IN_VAIN, self._num_replicas):
-            raise ConfigError(
+            raise TryAgainError(
                 f"{self._deaths_in_vain} replicas died one after the other without finishing a row, the last with: "
                 f"{death.why}. See their logs in the run directory; the same command goes on with what is finished"
             )

@@ -66,10 +66,8 @@ class Replica:
         self._redirect_output()
         watchdog = Path(__file__).with_name("watchdog.py")
         subprocess.Popen([sys.executable, str(watchdog), str(os.getpid()), str(self._scratch)])
-        # vLLM's sockets, too, go with that folder.
-        os.environ["VLLM_RPC_BASE_PATH"] = str(self._scratch)
         try:
-            self._engine = ReplicaEngine(spec.config, self._arguments())
+            self._engine = ReplicaEngine(spec.config, self._arguments(), scratch=self._scratch)
         except Exception as error:
             raise ConfigError(why_not_started(error, log=self._log, refusals=self._stats_dir)) from error
         self._make_requests = RequestMaker(spec.config, apply_chat_template=self._engine.apply_chat_template)

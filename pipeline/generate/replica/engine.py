@@ -18,19 +18,21 @@ _OUT_OF_MEMORY = ("out of memory", "OutOfMemoryError", "No available memory for 
 class ReplicaEngine:
     """A vLLM engine in a thread of its own; its methods are called on one event loop."""
 
-    def __init__(self, config: GenerateConfig, arguments: dict[str, Any]) -> None:
+    def __init__(self, config: GenerateConfig, arguments: dict[str, Any], *, scratch: Path) -> None:
         """Start the engine, which takes a minute, in the thread that calls.
 
         Args:
             config: Of the job.
             arguments: Of vLLM's `EngineArgs`.
+            scratch: Folder for sockets, whose end is that of the replica.
 
         Raises:
             ConfigError: if re-routing is asked for and the engine runs without it.
             Exception: whatever vLLM raises if it does not start.
         """
         # Before vLLM is imported. Its engine is a process of its own, as tests may have turned off.
-        os.environ.update({"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_LOGGING_LEVEL": "INFO"})
+        multiprocessing = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_RPC_BASE_PATH": str(scratch)}
+        os.environ.update(multiprocessing | {"VLLM_LOGGING_LEVEL": "INFO"})
         # On CPUs vLLM would bind every replica to the same cores; Ray has given each a number of threads.
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         logging.getLogger("vllm").setLevel(logging.INFO)

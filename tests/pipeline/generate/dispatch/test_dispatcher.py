@@ -10,7 +10,7 @@ from functools import partial
 import pyarrow as pa
 import pytest
 
-from sere.conf.errors import ConfigError
+from sere.conf.errors import ConfigError, TryAgainError
 from sere.pipeline.generate.attempts import Tried
 from sere.pipeline.generate.dispatch.dispatcher import Dispatcher
 from sere.pipeline.generate.dispatch.remaining import left_of, split
@@ -18,7 +18,6 @@ from sere.pipeline.generate.dispatch.work import Rows, cut, joined
 from sere.pipeline.generate.parts import Parts
 from sere.pipeline.generate.replica.answers import Answer, answer_table
 from sere.pipeline.generate.replica.spec import ReplicaStatus
-from sere.pipeline.runtime.retries import StorageError
 from sere.pipeline.runtime.storage import Storage
 
 pytestmark = pytest.mark.cluster
@@ -56,7 +55,8 @@ class Worker:
                 open(prompt[5:], "w").close()
                 os.kill(os.getpid(), signal.SIGSTOP)
             if prompt.startswith("full"):
-                raise StorageError("cannot be used (No space left on device)", prompt != "full")
+                kind = ConfigError if prompt == "full" else TryAgainError
+                raise kind("cannot be used (No space left on device)")
             self.finished.append((number, index, Answer(prompt.upper(), 1, 1, "stop")))
             self.num_rows += 1
             if len(self.finished) >= self.checkpoint_rows:
@@ -201,7 +201,7 @@ def test_a_stopped_worker_counts_as_dead(job, tmp_path):
 
 
 def test_a_full_disk_ends_the_job_at_once(job):
-    with pytest.raises(StorageError, match=r"cannot be used \(No space left on device"):
+    with pytest.raises(ConfigError, match=r"cannot be used \(No space left on device"):
         job(["a", "full"])
 
 
