@@ -10,9 +10,6 @@ from sere.conf.schema.checks import at_least, one_of
 # Arguments of vLLM's that settings here make; given twice, the run would be recorded under one and made with the other.
 _OWNED = {
     "model": "model",
-    "revision": "model_revision",
-    "tokenizer_revision": "model_revision",
-    "code_revision": "model_revision",
     "max_num_seqs": "engine.max_num_seqs",
     "max_model_len": "engine.max_model_len",
     "dtype": "engine.dtype",

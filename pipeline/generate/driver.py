@@ -69,6 +69,7 @@ class _Job:
     parts: Parts
     engine_arguments: dict[str, Any]
     model_digest: str | None
+    artifact: dict[str, str]
     on_gpu: bool
     is_ordered: bool
     """It was finished before, with its rows in the input's order."""
@@ -94,7 +95,7 @@ def generate(config: GenerateConfig, *, ray_address: str | None = None, parent_r
         on_gpu = join_cluster(config, ray_address)
         source = scan_input(input_spec(config), num_rows=config.num_rows)
         check_columns(config, source.schema)
-        settings = job_settings(config, model_digest=facts.digest, fingerprints=source.fingerprints, artifact=artifact)
+        settings = job_settings(config, model_digest=facts.digest, fingerprints=source.fingerprints, artifact=artifact.content)
         free = free_settings(config)
         with JobFolder(storage, GENERATE, settings, overwrite=config.overwrite, free=free) as folder:
             parts = Parts(storage, folder.digest)
@@ -105,8 +106,8 @@ def generate(config: GenerateConfig, *, ray_address: str | None = None, parent_r
                 if is_same and not (config.retry_errors and manifest["metrics"]["num_errors"]):
                     return Summary(config.output, manifest["metrics"], was_finished=True)
                 storage.remove(MANIFEST)
-            if artifact:
-                storage.put(SIMILARITY, artifact)
+            if artifact.content:
+                storage.put(SIMILARITY, artifact.content)
             job = _Job(
                 config=config,
                 source=source,
@@ -114,6 +115,7 @@ def generate(config: GenerateConfig, *, ray_address: str | None = None, parent_r
                 parts=parts,
                 engine_arguments=engine_arguments(config, reroute, on_gpu=on_gpu),
                 model_digest=facts.digest,
+                artifact=artifact.facts,
                 on_gpu=on_gpu,
                 is_ordered=manifest is not None and bool(manifest.get("finish", {}).get("preserve_order")),
             )
@@ -139,7 +141,7 @@ def _run(job: _Job, parent_run_id: str | None) -> dict[str, float]:
         storage.put_json("run.json", {"mlflow_run_id": tracker.run_id})
         if run_id is None:
             tracker.log_config(config)
-            tracker.log_params({"model_digest": job.model_digest})
+            tracker.log_params({"model_digest": job.model_digest, **job.artifact})
             tracker.log_dataset(
                 source=config.data, digest=digest_of(source.fingerprints), num_rows=source.num_rows, context="generation"
             )

@@ -1,7 +1,9 @@
 """What has to be right before engines start: the model, the settings, the cluster; and the arguments engines get."""
 
 import dataclasses
+import hashlib
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from sere.pipeline.runtime.cluster import refuse_missing_room, start_ray
 from sere.pipeline.runtime.job_folder import JOB_FILE
 from sere.pipeline.runtime.model_facts import ModelFacts, read_model_facts
 from sere.pipeline.runtime.storage import Storage
-from sere.pipeline.tracking.registry import resolve_artifact
+from sere.pipeline.tracking.registry import resolve_artifact, resolve_version
 
 _log = logging.getLogger(__name__)
 
@@ -41,24 +43,42 @@ def _check_chat_template(config: GenerateConfig) -> None:
         raise ConfigError(f"{config.model} has no chat template, which messages_column needs: use prompt_column or template")
 
 
-def prepare_reroute(config: GenerateConfig, facts: ModelFacts, scratch: Path) -> tuple[RerouteConfig | None, bytes]:
-    """The re-routing settings with a local artifact, and the artifact's bytes (empty where none is used).
+@dataclass(frozen=True)
+class UsedArtifact:
+    """The artifact that a job re-routes by."""
+
+    content: bytes = b""
+    """Empty where none is used."""
+    version: str = ""
+    """Where it came from: a path, or models:/NAME/VERSION also where the settings name an alias, which moves."""
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """What a run records of it."""
+        if not self.content:
+            return {}
+        return {"similarity_version": self.version, "similarity_digest": hashlib.sha256(self.content).hexdigest()}
+
+
+def prepare_reroute(config: GenerateConfig, facts: ModelFacts, scratch: Path) -> tuple[RerouteConfig | None, UsedArtifact]:
+    """The re-routing settings with a local artifact, and that artifact.
 
     Raises:
         ConfigError, SimilarityError: as every engine would at its start.
     """
     if config.reroute is None:
-        return None, b""
-    reroute, path = config.reroute.resolved(), None
+        return None, UsedArtifact()
+    reroute, path, version = config.reroute.resolved(), None, ""
     if replaced := config.reroute.replaced_by_file:
         shown = ", ".join(f"{key}={value}" for key, value in replaced.items())
         _log.warning("policy_file %s stands in the place of %s", config.reroute.policy_file, shown)
     if reroute.needs_tables:
         assert reroute.similarity is not None
-        path = resolve_artifact(reroute.similarity, tracking_uri=config.tracking.uri, folder=scratch)
+        version = resolve_version(reroute.similarity, uri=config.tracking.uri)
+        path = resolve_artifact(version, tracking_uri=config.tracking.uri, folder=scratch)
         reroute = dataclasses.replace(reroute, similarity=str(path.absolute()))
     _check_reroute(reroute, facts)
-    return reroute, read_similarity(path)
+    return reroute, UsedArtifact(read_similarity(path), version)
 
 
 def check_stats_dir(reroute: RerouteConfig | None, storage: Storage) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sere.conf.errors import ConfigError
-from sere.conf.masking import mask_uri
+from sere.conf.masking import mask_uri, mask_values
 from sere.conf.nested import describe_difference, digest_of
 from sere.pipeline.runtime.lease import FileLock, ObjectLease, take_lease
 from sere.pipeline.runtime.older_jobs import settings_then
@@ -141,8 +141,11 @@ class JobFolder:
             )
 
     def _counting(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """The settings in which a job must not differ. A section that is empty says as much as one that is not there."""
-        return {key: value for key, value in settings.items() if key not in self._free and value != {}}
+        """The settings in which a job must not differ. A section that is empty says as much as one that is not there.
+
+        Secrets are hidden as they are hidden today, also in what a job noted that was begun earlier.
+        """
+        return {key: mask_values(value, key) for key, value in settings.items() if key not in self._free and value != {}}
 
     def _written(self, folder: str) -> list[str]:
         """The files in a folder that have a name that jobs of this kind give."""

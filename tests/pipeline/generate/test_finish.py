@@ -8,8 +8,9 @@ import pytest
 
 from sere.conf.errors import ConfigError
 from sere.conf.schema import GenerateConfig
+from sere.pipeline.data.describe import describe_file
 from sere.pipeline.data.find import find_sources
-from sere.pipeline.data.read import describe_file, read_file
+from sere.pipeline.data.read import read_file
 from sere.pipeline.data.scan import unify
 from sere.pipeline.generate import finish as finish_module
 from sere.pipeline.generate.columns import input_spec
