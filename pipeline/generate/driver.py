@@ -13,7 +13,7 @@ from typing import Any
 
 from sere.conf.nested import describe_difference, digest_of
 from sere.conf.schema import GenerateConfig
-from sere.pipeline.data.scan import scan_input
+from sere.pipeline.data.scan import scan_known
 from sere.pipeline.data.source import Source
 from sere.pipeline.generate.attempts import read_attempts
 from sere.pipeline.generate.columns import check_columns, input_spec
@@ -22,6 +22,7 @@ from sere.pipeline.generate.finish import finish, finish_settings
 from sere.pipeline.generate.identity import (
     BATCHING,
     GENERATE,
+    INPUT,
     MANIFEST,
     SIMILARITY,
     conditions,
@@ -38,7 +39,7 @@ from sere.pipeline.generate.preflight import (
     prepare_reroute,
     read_facts,
 )
-from sere.pipeline.generate.record import Session, next_session, read_manifest, read_sessions, sweep
+from sere.pipeline.generate.record import Session, known_input, next_session, read_manifest, read_sessions, sweep
 from sere.pipeline.generate.replica.answers import Answer, answer_table
 from sere.pipeline.generate.replica.starter import ReplicaStarter, wanted_room
 from sere.pipeline.runtime.job_folder import JobFolder
@@ -93,7 +94,7 @@ def generate(config: GenerateConfig, *, ray_address: str | None = None, parent_r
         reroute, artifact = prepare_reroute(config, facts, Path(scratch))
         check_stats_dir(reroute, storage)
         on_gpu = join_cluster(config, ray_address)
-        source = scan_input(input_spec(config), num_rows=config.num_rows)
+        source, known = scan_known(input_spec(config), num_rows=config.num_rows, known=known_input(storage))
         check_columns(config, source.schema)
         settings = job_settings(config, model_digest=facts.digest, fingerprints=source.fingerprints, artifact=artifact.content)
         free = free_settings(config)
@@ -106,6 +107,7 @@ def generate(config: GenerateConfig, *, ray_address: str | None = None, parent_r
                 if is_same and not (config.retry_errors and manifest["metrics"]["num_errors"]):
                     return Summary(config.output, manifest["metrics"], was_finished=True)
                 storage.remove(MANIFEST)
+            storage.put_json(INPUT, known)
             if artifact.content:
                 storage.put(SIMILARITY, artifact.content)
             job = _Job(

@@ -19,13 +19,15 @@ from sere.pipeline.runtime.older_jobs import schema_defaults
 SIMILARITY = "similarity.safetensors"
 """The artifact, in the run directory: every node finds it there."""
 MANIFEST = "manifest.json"
+INPUT = "input.json"
+"""What is known of the input's files: those that are unchanged are not read again to describe them."""
 SESSIONS = "sessions"
 LOGS = "logs"
 SESSION_NAMES = r"\d+\.json"
 GENERATE = JobKind(
     name="generate",
     finished=MANIFEST,
-    files=("run.json", "errors.parquet", "summary.json", SIMILARITY),
+    files=(INPUT, "run.json", "errors.parquet", "summary.json", SIMILARITY),
     results=RESULTS,
     folders={RESULTS: PART_NAMES, SESSIONS: SESSION_NAMES, ATTEMPTS: ATTEMPT_NAMES, LOGS: r"s\d+(-[0-9a-f]+)?-r\d+\.log"},
     settings_of_0_1=frozenset({"model_digest", "batch_size", "sampling.max_tokens"}),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sere.conf.errors import ConfigError
-from sere.pipeline.generate.identity import LOGS, MANIFEST, SESSION_NAMES, SESSIONS
+from sere.pipeline.generate.identity import INPUT, LOGS, MANIFEST, SESSION_NAMES, SESSIONS
 from sere.pipeline.generate.parts import RESULTS, Parts
 from sere.pipeline.runtime.storage import Storage
 
@@ -53,6 +53,12 @@ def read_sessions(storage: Storage) -> list[Session]:
         # A later version's has more.
         sessions.append(Session(**{key: value for key, value in values.items() if key in _FIELDS}))
     return sessions
+
+
+def known_input(storage: Storage) -> dict[str, Any]:
+    """What an earlier session has noted of the input's files, by name."""
+    known = storage.get_json(INPUT)
+    return known if isinstance(known, dict) else {}
 
 
 def next_session(storage: Storage) -> int:
