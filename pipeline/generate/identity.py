@@ -19,7 +19,7 @@ from sere.pipeline.runtime.older_jobs import schema_defaults
 SIMILARITY = "similarity.safetensors"
 """The artifact, in the run directory: every node finds it there."""
 MANIFEST = "manifest.json"
-INPUT = "input.json"
+INPUT = "described.json"
 """What is known of the input's files: those that are unchanged are not read again to describe them."""
 SESSIONS = "sessions"
 LOGS = "logs"
