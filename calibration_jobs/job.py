@@ -74,14 +74,17 @@ def calibrate(config: CalibrateConfig, *, ray_address: str | None = None) -> Cal
     if output.name != FILE_NAME:
         raise ConfigError(f"output must be a path ending in {FILE_NAME}, got {config.output}")
     model = inspect_model(config)
+    # From here on it is the same commit for all who load the model.
+    config = dataclasses.replace(config, model_revision=model.commit)
     rows, remarks = read_rows(config)
     token_rows, cut = tokenize(config, load_tokenizer(config), rows)
     remarks += cut
     plan = make_plan(config, token_rows)
-    settings = job_settings(config, model_digest=model.digest, data_digest=plan.digest, block_tokens=model.block_tokens)
+    settings = job_settings(config, model_digest=model.job_digest, data_digest=plan.digest, block_tokens=model.block_tokens)
+    earlier = {"model_digest": model.earlier_digests}
     storage = Storage(str(output.parent / "calibration"))
     name = config.registered_model or f"sere-{Path(config.model).name}"
-    with JobFolder(storage, CALIBRATE, settings, overwrite=config.overwrite) as folder:
+    with JobFolder(storage, CALIBRATE, settings, overwrite=config.overwrite, earlier=earlier) as folder:
         remove_unfinished(Path(storage.locate(RESULTS)))
         if folder.kept:
             _log.warning("%s was begun before there were tables: it will have none. To make them: overwrite=true", output)
@@ -98,6 +101,7 @@ def calibrate(config: CalibrateConfig, *, ray_address: str | None = None) -> Cal
         with _run_of(config, storage, key) as tracker, runner as tasks:
             job = JobFacts(config=config, model=model, plan=plan, folder=folder, name=name, key=key, run_id=tracker.run_id)
             _log_start(tracker, job, remarks)
+            job = _with_digest(job, tasks)
             found = _similarities(job, tasks, tracker)
             quality = assess(job, tasks, found)
             artifact = SimilarityArtifact(found.matrices, manifest_of(job, found, quality), found.tables)
@@ -133,7 +137,7 @@ def _log_start(tracker: NullTracker, job: JobFacts, remarks: Sequence[RowRemark]
     num_skipped = sum(remark.is_skipped for remark in remarks)
     tracker.log_config(job.config)
     tracker.log_params(
-        {"model_digest": job.model.digest, "data_digest": plan.digest, "used_block_tokens": job.model.block_tokens}
+        {"model_digest": job.model.job_digest, "data_digest": plan.digest, "used_block_tokens": job.model.block_tokens}
     )
     tracker.log_dataset(source=job.config.data, digest=plan.digest, num_rows=num_rows, context="calibration")
     tracker.log_metrics(
@@ -144,6 +148,14 @@ def _log_start(tracker: NullTracker, job: JobFacts, remarks: Sequence[RowRemark]
             "num_cut_rows": len(remarks) - num_skipped,
         }
     )
+
+
+def _with_digest(job: JobFacts, tasks: TaskRunner) -> JobFacts:
+    """The job with the digest of a hub model's files: where they are not here, a worker that has loaded them tells it."""
+    if job.model.digest is not None:
+        return job
+    ((_, (_, told)),) = tasks.run([Task("model", "identity", ())], "Loading the model")
+    return dataclasses.replace(job, model=dataclasses.replace(job.model, digest=told["digest"]))
 
 
 def _similarities(job: JobFacts, tasks: TaskRunner, tracker: NullTracker) -> Similarities:

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sere.conf.whole_file import written_whole
+from sere.ops.model_digest import ModelIdentity
 from sere.ops.similarity_checks import TABLES, SimilarityError, check_manifest, check_matrix, check_tables
 
 __all__ = ["FILE_NAME", "FORMAT_VERSION", "SimilarityArtifact", "SimilarityError"]
@@ -34,7 +35,8 @@ class SimilarityArtifact:
     Attributes:
         matrices: float32 `[num_experts, num_experts]` by `(layer, metric)`; symmetric, diagonal 1, values in [0, 1].
         manifest: at least `num_experts` (int), `layers` (list of int), `metrics` (list of str) and `model` (dict with
-            `name` and `digest`); with tables also `tables` (list of their names) and, with surrogates, `surrogate_rank` (int).
+            `name`, `digest` and, of a model of the hub, `commit`); with tables also `tables` (list of their names) and, with
+            surrogates, `surrogate_rank` (int).
         tables: by `(layer, name)`, as `similarity_checks.TABLES` says.
     """
 
@@ -58,6 +60,12 @@ class SimilarityArtifact:
     @property
     def num_experts(self) -> int:
         return self.manifest["num_experts"]
+
+    @property
+    def model(self) -> ModelIdentity:
+        """Which weights it was computed from, as far as it says."""
+        of = self.manifest["model"]
+        return ModelIdentity(digest=of.get("digest"), commit=of.get("commit"))
 
     def matrix(self, layer: int, metric: str) -> Tensor:
         """One layer's matrix, float32 `[num_experts, num_experts]`.
@@ -99,15 +107,16 @@ class SimilarityArtifact:
         check_tables(self.tables, self.manifest)
         return self
 
-    def check_model(self, *, num_experts: int, digest: str | None) -> None:
+    def check_model(self, *, num_experts: int, model: ModelIdentity | None, files_to_come: bool = False) -> None:
         """Refuse a model other than the one the artifact was computed from.
 
         Args:
             num_experts: The model's experts per layer.
-            digest: The model's `sere.ops.model_digest.model_digest`, or None to compare only `num_experts`.
+            model: What is known of the model; None to compare only `num_experts`.
+            files_to_come: The model's files may not be here yet: what only they can tell is not asked now.
 
         Raises:
-            SimilarityError: if they do not match.
+            SimilarityError: if they do not match, or nothing is known of both that could be compared.
         """
         name = self.manifest["model"].get("name")
         if num_experts != self.num_experts:
@@ -115,11 +124,20 @@ class SimilarityArtifact:
                 f"the artifact is of {name} with {self.num_experts} experts per layer, the model has {num_experts}: "
                 "use the artifact of this model, or make one with `sere calibrate`"
             )
-        known = self.manifest["model"].get("digest")
-        if digest is not None and known is not None and digest != known:
+        if model is None:
+            return
+        known, is_same = self.model, self.model.is_same(model)
+        if is_same is None and not (files_to_come and known.digest is not None and model.digest is None):
             raise SimilarityError(
-                f"the artifact was computed from other weights ({name}, digest {known[:12]}) than this model's (digest "
-                f"{digest[:12]}): calibrate this model, or set check_model to false if it is the same model quantised"
+                f"whether the artifact ({name}, {known}) is of this model's weights ({model}) cannot be known: calibrate this "
+                "model anew, or set check_model to false"
+            )
+        if is_same is False:
+            # Where the hub has both, the other is one setting away.
+            commit = f"choose that commit (model_revision={known.commit}), " if known.commit and model.commit else ""
+            raise SimilarityError(
+                f"the artifact was computed from other weights ({name}, {known}) than this model's ({model}): {commit}"
+                "calibrate this model, or set check_model to false if it is the same model quantised"
             )
 
     def save(self, path: str | os.PathLike[str]) -> Path:

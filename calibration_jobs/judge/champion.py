@@ -23,7 +23,7 @@ def read_champion(job: JobFacts) -> Champion | None:
     """The champion; None if there is none, if it is not asked for, or if this very run made it.
 
     Raises:
-        ConfigError: if it is of another model, or lacks the metric that is compared.
+        ConfigError: if it is of another model, or may be, or lacks the metric that is compared.
     """
     config = job.config
     if config.promote_if == "never" or not config.tracking.uri:
@@ -32,7 +32,12 @@ def read_champion(job: JobFacts) -> Champion | None:
     if version is None:
         return None
     artifact = load_artifact(f"{REGISTRY_SCHEME}{job.name}/{version}", uri=config.tracking.uri)
-    artifact.check_model(num_experts=job.model.num_experts, digest=job.model.digest)
+    artifact.check_model(num_experts=job.model.num_experts, model=None)
+    if not artifact.model.is_same(job.model.identity):
+        raise ConfigError(
+            f"champion version {version} of {job.name} is not, or not known to be, of this model's weights ({artifact.model}; "
+            f"this model: {job.model.identity}): choose another registered_model, or set promote_if=never and promote by hand"
+        )
     metric = config.judge.metric
     if metric not in artifact.metrics:
         raise ConfigError(

@@ -19,7 +19,7 @@ def manifest_of(job: JobFacts, found: Similarities, quality: dict[str, Any]) -> 
         "tables": sorted({name for _, name in found.tables}),
         "surrogate_rank": config.surrogate_rank if found.explained else None,
         "surrogate_explained": found.explained,
-        "model": {"name": config.model, "digest": model.digest, "dtype": config.dtype},
+        "model": {"name": config.model, "digest": model.digest, "commit": model.commit, "dtype": config.dtype},
         "data": {
             "source": config.data,
             "digest": plan.digest,

@@ -35,6 +35,8 @@ def record(
         "metrics": ",".join(artifact.metrics),
         **{f"held_out_error.{metric}": f"{error:.6g}" for metric, error in errors.items()},
     }
+    if job.model.commit is not None:
+        tags["model_commit"] = job.model.commit
     version = tracker.register_artifact(job.file, name=job.name, alias=CANDIDATE, tags=tags)
     if version is None or config.promote_if == "never":
         return version, False

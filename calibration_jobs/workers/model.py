@@ -17,12 +17,17 @@ from sere.conf.schema import CalibrateConfig
 from sere.pipeline.runtime.model_facts import ModelFacts, read_model_facts
 
 
-def make_empty_model(model_config: Any, *, trust_remote_code: bool) -> Any:
+def make_empty_model(facts: ModelFacts, *, trust_remote_code: bool) -> Any:
     """The model's modules without weights (on torch's meta device): shows its structure in no memory."""
     import transformers
 
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    code = (getattr(facts.config, "auto_map", None) or {}).get("AutoModelForCausalLM", "")
+    if trust_remote_code and facts.commit is not None and code.startswith(f"{facts.name}--"):
+        # Transformers would take the code of the main branch.
+        options["code_revision"] = facts.commit
     with torch.device("meta"):
-        return transformers.AutoModelForCausalLM.from_config(model_config, trust_remote_code=trust_remote_code)
+        return transformers.AutoModelForCausalLM.from_config(facts.config, **options)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,8 +46,9 @@ class MoeFacts(ModelFacts):
 
 def inspect_model(config: CalibrateConfig) -> MoeFacts:
     """Refuse a model that cannot be calibrated, before any work."""
-    facts = read_model_facts(config.model, trust_remote_code=config.trust_remote_code)
-    experts = find_expert_modules(make_empty_model(facts.config, trust_remote_code=config.trust_remote_code))
+    trust = config.trust_remote_code
+    facts = read_model_facts(config.model, revision=config.model_revision, trust_remote_code=trust)
+    experts = find_expert_modules(make_empty_model(facts, trust_remote_code=trust))
     counts = {module.num_experts for module in experts.values()}
     if len(counts) > 1:
         raise ConfigError(f"{config.model} has layers of {sorted(counts)} experts: such models are not supported")
@@ -73,7 +79,9 @@ def load_tokenizer(config: CalibrateConfig) -> Any:
     import transformers
 
     try:
-        return transformers.AutoTokenizer.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
+        return transformers.AutoTokenizer.from_pretrained(
+            config.model, revision=config.model_revision or "main", trust_remote_code=config.trust_remote_code
+        )
     except (OSError, ValueError) as error:
         raise ConfigError(f"the tokenizer of {config.model} cannot be read ({str(error).splitlines()[0]})") from error
 
@@ -103,7 +111,11 @@ def load_model(config: CalibrateConfig, offload_folder: str | Path) -> nn.Module
     dtype = config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(
-            config.model, dtype=dtype, trust_remote_code=config.trust_remote_code, **placement
+            config.model,
+            revision=config.model_revision or "main",
+            dtype=dtype,
+            trust_remote_code=config.trust_remote_code,
+            **placement,
         )
     except OSError as error:
         raise ConfigError(f"the weights of {config.model} cannot be read ({str(error).splitlines()[0]})") from error

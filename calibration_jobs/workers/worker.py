@@ -39,6 +39,7 @@ from sere.calibration_jobs.workers.results import Result
 from sere.calibration_jobs.workers.task import LayerTensors
 from sere.conf.errors import ConfigError
 from sere.conf.schema import CalibrateConfig
+from sere.ops.model_digest import model_identity
 
 
 class CalibrationWorker:
@@ -56,6 +57,10 @@ class CalibrationWorker:
         """Load the model. Not in the constructor: an error there would reach the driver as a dead actor."""
         self._offload = offload_folder(self._config.offload_folder)
         self._model = load_model(self._config, self._offload.name)
+
+    def identity(self) -> Result:
+        """The `digest` of the files that were loaded."""
+        return {}, {"digest": model_identity(self._config.model, self._config.model_revision).digest}
 
     def directions(self, rows: Sequence[TokenRow]) -> Result:
         """On what surrogates of a wide model see each layer, from some rows that are one forward pass.

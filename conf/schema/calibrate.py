@@ -74,6 +74,9 @@ class CalibrateConfig:
 
     model: str
     """Folder or hub name of a Transformers MoE model."""
+    model_revision: str | None = None
+    """Branch, tag or commit of a hub model; null: its main branch. It is looked up once, when the command begins; the commit
+    is part of what the job is."""
     data: str
     """Text: files, a folder or a glob of them (parquet, JSONL, CSV, text; one text per row), or a Hugging Face dataset (hub
     name, or a folder written by save_to_disk), each also as an fsspec URI such as s3://bucket/text/*.jsonl."""

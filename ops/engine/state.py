@@ -21,7 +21,7 @@ from sere.ops.engine.output_hook import refuse_output, share_of
 from sere.ops.engine.roles import TokenRoles, fill_from_metadata
 from sere.ops.engine.router_hook import own_routing
 from sere.ops.engine.routers import ask_router
-from sere.ops.model_digest import model_digest
+from sere.ops.model_digest import model_identity
 from sere.ops.policies.compensation import Compensator
 from sere.ops.policies.policy import LayerInfo, Policy
 from sere.ops.policies.requirements import check_artifact
@@ -49,7 +49,7 @@ class EngineState:
         self.config = RerouteConfig.from_dict(settings).resolved()
         self.device = torch.device(current_platform.device_type)
         refuse_engine_modes(vllm_config, self.config, self.device)
-        self._model = vllm_config.model_config.model
+        self._model, self._revision = vllm_config.model_config.model, vllm_config.model_config.revision
         self._dtype = vllm_config.model_config.dtype
         self.artifact: SimilarityArtifact | None = None
         if self.device.type == "cuda" and (self.config.policy != "none" or self.config.stats_dir):
@@ -101,8 +101,8 @@ class EngineState:
         num_experts = runner.moe_config.num_logical_experts
         if self.artifact is not None:
             if not self.layers:
-                digest = model_digest(self._model) if self.config.check_model else None
-                self.artifact.check_model(num_experts=num_experts, digest=digest)
+                # Before a hub model's first download only its commit is known.
+                self._check_model(num_experts, files_to_come=True)
             if self.artifact.num_experts != num_experts:
                 raise ConfigError(
                     f"layer {index} has {num_experts} experts, the artifact's layers {self.artifact.num_experts}: "
@@ -111,6 +111,11 @@ class EngineState:
         # A router is asked how it scores once its weights are loaded.
         self.layers[index] = LayerState(self._policy(runner, Scoring(function="softmax")), self.roles)
         return self.layers[index]
+
+    def _check_model(self, num_experts: int, *, files_to_come: bool) -> None:
+        assert self.artifact is not None
+        model = model_identity(self._model, self._revision) if self.config.check_model else None
+        self.artifact.check_model(num_experts=num_experts, model=model, files_to_come=files_to_come)
 
     def _policy(self, runner: Any, scoring: Scoring | None) -> Policy:
         renormalize = getattr(runner.router, "renormalize", None)
@@ -181,6 +186,8 @@ class EngineState:
         unknown = sorted(set(self.config.per_layer) - set(self.layers))
         if unknown and get_pp_group().world_size == 1:
             raise ConfigError(f"per_layer.{unknown[0]} names no MoE layer of the model ({sorted(self.layers)}): leave it out")
+        if self.artifact is not None and self.layers:
+            self._check_model(self.artifact.num_experts, files_to_come=False)
         for layer in vllm_config.compilation_config.static_forward_context.values():
             if hasattr(layer, ATTRIBUTE):
                 self._complete(layer)

@@ -4,6 +4,7 @@ The order of things: what the job is (model, input, artifact), whose folder it i
 replicas, and at the end the figures of all parts together.
 """
 
+import dataclasses
 import logging
 import tempfile
 from dataclasses import dataclass
@@ -69,7 +70,7 @@ class _Job:
     folder: JobFolder
     parts: Parts
     engine_arguments: dict[str, Any]
-    model_digest: str | None
+    model_digest: str
     artifact: dict[str, str]
     on_gpu: bool
     is_ordered: bool
@@ -90,15 +91,19 @@ def generate(config: GenerateConfig, *, ray_address: str | None = None, parent_r
     """
     storage = Storage(config.output, config.storage_options)
     facts = read_facts(config)
+    # From here on it is the same commit for all who load the model.
+    config = dataclasses.replace(config, model_revision=facts.commit)
     with tempfile.TemporaryDirectory(prefix="sere-") as scratch:
         reroute, artifact = prepare_reroute(config, facts, Path(scratch))
         check_stats_dir(reroute, storage)
         on_gpu = join_cluster(config, ray_address)
         source, known = scan_known(input_spec(config), num_rows=config.num_rows, known=known_input(storage))
         check_columns(config, source.schema)
-        settings = job_settings(config, model_digest=facts.digest, fingerprints=source.fingerprints, artifact=artifact.content)
-        free = free_settings(config)
-        with JobFolder(storage, GENERATE, settings, overwrite=config.overwrite, free=free) as folder:
+        settings = job_settings(
+            config, model_digest=facts.job_digest, fingerprints=source.fingerprints, artifact=artifact.content
+        )
+        earlier, free = {"model_digest": facts.earlier_digests}, free_settings(config)
+        with JobFolder(storage, GENERATE, settings, overwrite=config.overwrite, free=free, earlier=earlier) as folder:
             parts = Parts(storage, folder.digest)
             manifest = read_manifest(parts)
             if manifest is not None:
@@ -116,7 +121,7 @@ def generate(config: GenerateConfig, *, ray_address: str | None = None, parent_r
                 folder=folder,
                 parts=parts,
                 engine_arguments=engine_arguments(config, reroute, on_gpu=on_gpu),
-                model_digest=facts.digest,
+                model_digest=facts.job_digest,
                 artifact=artifact.facts,
                 on_gpu=on_gpu,
                 is_ordered=manifest is not None and bool(manifest.get("finish", {}).get("preserve_order")),

@@ -14,6 +14,7 @@ from sere.conf.schema import GenerateConfig
 from sere.pipeline.generate.attempts import ATTEMPT_NAMES, ATTEMPTS
 from sere.pipeline.generate.parts import PART_NAMES, RESULTS
 from sere.pipeline.runtime.job_folder import JobKind
+from sere.pipeline.runtime.model_facts import CHOOSE_COMMIT
 from sere.pipeline.runtime.older_jobs import schema_defaults
 
 SIMILARITY = "similarity.safetensors"
@@ -32,11 +33,14 @@ GENERATE = JobKind(
     folders={RESULTS: PART_NAMES, SESSIONS: SESSION_NAMES, ATTEMPTS: ATTEMPT_NAMES, LOGS: r"s\d+(-[0-9a-f]+)?-r\d+\.log"},
     settings_of_0_1=frozenset({"model_digest", "batch_size", "sampling.max_tokens"}),
     absent=schema_defaults(GenerateConfig),
+    remedies={"model_digest": CHOOSE_COMMIT},
 )
 # What may change between a run and its continuation, as it does not change what a row's answer is made with.
 _FREE = (
     "output",
     "overwrite",
+    # The commit that it was, in `model_digest`, is what the job is of.
+    "model_revision",
     "storage_options",
     "tracking",
     "preserve_order",
@@ -79,9 +83,7 @@ _FREE_OF_ENGINE = (
 )
 
 
-def job_settings(
-    config: GenerateConfig, *, model_digest: str | None, fingerprints: dict[str, Any], artifact: bytes
-) -> dict[str, Any]:
+def job_settings(config: GenerateConfig, *, model_digest: str, fingerprints: dict[str, Any], artifact: bytes) -> dict[str, Any]:
     """All that a row's answer depends on, as flat JSON values: of two jobs with equal settings one can go on with the other."""
     reroute = config.reroute.resolved() if config.reroute is not None else None
     values = dataclasses.asdict(dataclasses.replace(config, reroute=reroute))

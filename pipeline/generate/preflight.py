@@ -24,21 +24,41 @@ def read_facts(config: GenerateConfig) -> ModelFacts:
     """Read the model's configuration files.
 
     Raises:
-        ConfigError: if there is no such model, or it has no chat template and needs one.
+        ConfigError: if there is no such model or revision, engine_kwargs name another, or it has no chat template and needs
+            one.
     """
-    facts = read_model_facts(config.model, trust_remote_code=config.engine.trust_remote_code)
+    trust = config.engine.trust_remote_code
+    facts = read_model_facts(config.model, revision=config.model_revision, trust_remote_code=trust)
+    _revisions(config, facts.commit)
     if config.messages_column is not None:
-        _check_chat_template(config)
+        _check_chat_template(config, facts.commit)
     return facts
 
 
-def _check_chat_template(config: GenerateConfig) -> None:
+def _revisions(config: GenerateConfig, commit: str | None) -> dict[str, str]:
+    """The engine's arguments that say which commit of a hub model it is; none for a folder."""
+    if commit is None:
+        return {}
+    given = config.engine.engine_kwargs
+    # vLLM would look for the model's commit in another tokenizer's repository, too.
+    own_tokenizer = given.get("tokenizer") in (None, config.model)
+    for key in ("revision", "tokenizer_revision") if own_tokenizer else ("revision",):
+        if given.get(key) not in (None, commit):
+            raise ConfigError(
+                f"engine.engine_kwargs.{key}={given[key]} is not the model's commit ({commit}): leave it out, and set "
+                f"model_revision={given[key]}"
+            )
+    return {"revision": commit, "tokenizer_revision": commit if own_tokenizer else given.get("tokenizer_revision") or "main"}
+
+
+def _check_chat_template(config: GenerateConfig, commit: str | None) -> None:
     from transformers import AutoTokenizer
 
     if {"tokenizer", "tokenizer_mode"} & set(config.engine.engine_kwargs):
         # vLLM knows, and says so row by row.
         return
-    tokenizer = AutoTokenizer.from_pretrained(config.model, trust_remote_code=config.engine.trust_remote_code)
+    trust = config.engine.trust_remote_code
+    tokenizer = AutoTokenizer.from_pretrained(config.model, revision=commit or "main", trust_remote_code=trust)
     if getattr(tokenizer, "chat_template", None) is None:
         raise ConfigError(f"{config.model} has no chat template, which messages_column needs: use prompt_column or template")
 
@@ -110,12 +130,14 @@ def _check_reroute(config: RerouteConfig, facts: ModelFacts) -> None:
 
         assert config.similarity is not None
         artifact = SimilarityArtifact.load(config.similarity)
-        artifact.check_model(num_experts=artifact.num_experts, digest=facts.digest if config.check_model else None)
+        model = facts.identity if config.check_model else None
+        # Replicas, whose nodes have the files in any case, ask what only files can tell.
+        artifact.check_model(num_experts=artifact.num_experts, model=model, files_to_come=True)
         check_artifact(config, artifact)
 
 
 def engine_arguments(config: GenerateConfig, reroute: RerouteConfig | None, *, on_gpu: bool) -> dict[str, Any]:
-    """Arguments of vLLM's engine."""
+    """Arguments of vLLM's engine. Of a hub model `config.model_revision` is a commit here."""
     engine = config.engine
     arguments: dict[str, Any] = {
         "model": config.model,
@@ -135,7 +157,7 @@ def engine_arguments(config: GenerateConfig, reroute: RerouteConfig | None, *, o
         arguments |= {"enable_lora": True, "max_loras": len(engine.lora_adapters), "max_lora_rank": engine.max_lora_rank}
     if not on_gpu:
         arguments["kv_cache_memory_bytes"] = int(engine.kv_cache_gib * 2**30)
-    arguments |= engine.engine_kwargs
+    arguments |= {**engine.engine_kwargs, **_revisions(config, config.model_revision)}
     if reroute is not None:
         arguments["additional_config"] = {**arguments.get("additional_config", {}), "sere": reroute.to_dict()}
     return arguments

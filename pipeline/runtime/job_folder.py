@@ -9,13 +9,14 @@ import re
 import uuid
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from sere.conf.errors import ConfigError
 from sere.conf.masking import mask_uri, mask_values
 from sere.conf.nested import describe_difference, digest_of
 from sere.pipeline.runtime.lease import FileLock, ObjectLease, take_lease
-from sere.pipeline.runtime.older_jobs import settings_then
+from sere.pipeline.runtime.older_jobs import learnt_now, settings_then
 from sere.pipeline.runtime.storage import Storage, first_line
 
 JOB_FILE = "job.json"
@@ -40,6 +41,8 @@ class JobKind:
     """What a setting counts as that a job begun earlier lacks, as it did not exist then: JSON values, dotted keys."""
     keeps: frozenset[str] = frozenset()
     """Those of them in which a job begun earlier stays as it was, whatever is asked for now."""
+    remedies: Mapping[str, str] = field(default_factory=dict)
+    """By setting, what may help a job that differs in it, beside another output and `overwrite`."""
 
 
 class JobFolder:
@@ -55,6 +58,7 @@ class JobFolder:
         *,
         overwrite: bool,
         free: Collection[str] = (),
+        earlier: Mapping[str, Collection[Any]] = MappingProxyType({}),
     ) -> None:
         """Nothing is read or written yet.
 
@@ -64,11 +68,14 @@ class JobFolder:
             settings: What determines the results, as JSON values. Another job's folder is refused.
             overwrite: Throw away what is there. Applies once: the same command, given again after an interruption, goes on.
             free: Keys of settings, begun with or asked for, in which the job may differ from what it was begun with.
+            earlier: By setting, what a job begun by an earlier version may have in the place of today's value. Such a job
+                goes on, and from then on has today's.
         """
         self.storage = storage
         self._kind, self._free = kind, frozenset(free)
         self._settings = json.loads(json.dumps(settings))
         self._overwrite = overwrite
+        self._earlier = earlier
         self.token = uuid.uuid4().hex[:6]
         """Of this opening: in names that nobody else, at any time, may give."""
         self.digest = digest_of(self._settings)
@@ -115,7 +122,10 @@ class JobFolder:
             self._refuse_other_files()
             self._note_job()
             return
-        then = settings_then(before["settings"], self._settings, kind.absent)
+        # What is learnt later is kept apart, as results carry the digest of the settings that the job was begun with.
+        learnt = before.get("learnt", {})
+        now = learnt_now({**before["settings"], **learnt}, self._settings, self._earlier)
+        then = settings_then({**before["settings"], **learnt, **now}, self._settings, kind.absent)
         kept = {
             key: then[key] for key in kind.keeps - set(before["settings"]) if key in then and then[key] != self._settings[key]
         }
@@ -133,11 +143,15 @@ class JobFolder:
             self._note_job()
         elif is_same:
             self.digest, self.kept = digest_of(before["settings"]), kept
+            if now:
+                self.storage.put_json(JOB_FILE, {"sere": kind.name, **before, "learnt": {**learnt, **now}})
         else:
+            differing = [key for key in kind.remedies if then.get(key) != self._settings.get(key)]
             raise ConfigError(
                 f"{self.storage.shown} holds another job "
-                f"({describe_difference(self._counting(then), self._counting(self._settings))}): choose another output, or set "
-                "overwrite=true to throw it away"
+                f"({describe_difference(self._counting(then), self._counting(self._settings))}): "
+                f"{''.join(f'{kind.remedies[key]}, ' for key in differing)}choose another output, or set overwrite=true to "
+                "throw it away"
             )
 
     def _counting(self, settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, get_args, get_type_hints
 
 from sere.conf.nested import flatten
@@ -43,3 +43,14 @@ def settings_then(before: Mapping[str, Any], now: Mapping[str, Any], absent: Map
     sections = {key.rpartition(".")[0] for key in before}
     missing = {key for key in absent if key in now and key not in before and key.rpartition(".")[0] in {*sections, ""}}
     return {**before, **{key: absent[key] for key in missing}}
+
+
+def learnt_now(before: Mapping[str, Any], now: Mapping[str, Any], earlier: Mapping[str, Collection[Any]]) -> dict[str, Any]:
+    """Today's values of settings for which a job begun earlier has what then stood for them.
+
+    Args:
+        before: The settings of that job.
+        now: Today's settings of such a job.
+        earlier: By setting, what may stand for today's value.
+    """
+    return {key: now[key] for key, values in earlier.items() if key in before and before[key] in values}

@@ -24,7 +24,7 @@ from rich.console import Console
 from sere.calibration_jobs.job import calibrate
 from sere.conf.load import load_config
 from sere.conf.schema import CalibrateConfig, GenerateConfig
-from sere.ops.model_digest import model_digest
+from sere.ops.model_digest import model_identity
 from sere.ops.similarity import SimilarityArtifact
 from sere.pipeline.compare.report import compare
 from sere.pipeline.generate.driver import generate
@@ -63,7 +63,7 @@ def own_ray():
 def test_artifact():
     artifact = SimilarityArtifact.load(MADE / "similarity.safetensors")
     assert artifact.layers == [0, 1, 2, 3] and artifact.metrics == ["cosine"]
-    artifact.check_model(num_experts=64, digest=model_digest(DEMO_MODEL))
+    artifact.check_model(num_experts=64, model=model_identity(DEMO_MODEL))
 
 
 def test_mlflow_runs(store, tmp_path):

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from sere.ops.model_digest import model_digest
+from sere.ops.model_digest import ModelIdentity, model_digest
 from sere.ops.similarity import FORMAT_VERSION, SimilarityArtifact, SimilarityError
 from sere.ops.similarity_checks import TABLES
 
@@ -179,12 +179,38 @@ def test_missing_unknown_and_rankless_tables_are_refused(tmp_path):
 
 
 def test_model_must_match():
-    artifact().check_model(num_experts=6, digest="ab" * 32)
-    artifact().check_model(num_experts=6, digest=None)
-    with pytest.raises(SimilarityError, match="6 experts per layer, the model has 8"):
-        artifact().check_model(num_experts=8, digest="ab" * 32)
-    with pytest.raises(SimilarityError, match="other weights"):
-        artifact().check_model(num_experts=6, digest="cd" * 32)
+    same = ModelIdentity(digest="ab" * 32)
+    artifact().check_model(num_experts=6, model=same)
+    artifact().check_model(num_experts=6, model=None)
+    for model in (same, None):
+        with pytest.raises(SimilarityError, match="6 experts per layer, the model has 8"):
+            artifact().check_model(num_experts=8, model=model)
+    with pytest.raises(SimilarityError, match=r"other weights .*digest abab.* than this model's \(digest cdcd.*check_model"):
+        artifact().check_model(num_experts=6, model=ModelIdentity(digest="cd" * 32))
+
+
+def test_a_model_of_the_hub_is_known_by_its_commit():
+    of_hub = artifact(model={"name": "a/b", "digest": "ab" * 32, "commit": "c" * 40})
+    of_hub.check_model(num_experts=6, model=ModelIdentity(commit="c" * 40))
+    of_hub.check_model(num_experts=6, model=ModelIdentity(commit="d" * 40, digest="ab" * 32))
+    moved = ModelIdentity(commit="d" * 40)
+    with pytest.raises(SimilarityError, match=rf"other weights .*commit {'c' * 40}.* than this model's \(commit {'d' * 40}\)"):
+        of_hub.check_model(num_experts=6, model=moved)
+    with pytest.raises(SimilarityError, match=rf"model_revision={'c' * 40}"):
+        of_hub.check_model(num_experts=6, model=moved, files_to_come=True)
+
+
+def test_an_artifact_that_cannot_be_compared_is_no_artifact_of_this_model():
+    """One made at a hub model's first download used to pass for any model."""
+    nothing = artifact(model={"name": "a/b", "digest": None})
+    for model in (ModelIdentity(digest="ab" * 32), ModelIdentity(commit="c" * 40), ModelIdentity()):
+        for files_to_come in (False, True):
+            with pytest.raises(SimilarityError, match=r"cannot be known: calibrate this model anew, or set check_model to"):
+                nothing.check_model(num_experts=6, model=model, files_to_come=files_to_come)
+    of_folder, before_download = artifact(), ModelIdentity(commit="c" * 40)
+    of_folder.check_model(num_experts=6, model=before_download, files_to_come=True)
+    with pytest.raises(SimilarityError, match="cannot be known"):
+        of_folder.check_model(num_experts=6, model=before_download)
 
 
 def test_model_digest_sees_weights_but_not_the_folder(tmp_path):

@@ -17,9 +17,10 @@ from sere.ops.engine.checks import refuse_engine_modes, refuse_router
 from sere.ops.engine.plugin import register
 from sere.ops.engine.state import ENGINE_STATES
 from sere.ops.kernels.compile import compiled
+from sere.ops.model_digest import model_digest
 from sere.ops.similarity import SimilarityArtifact
 from tests.conftest import DEMO_MODEL
-from tests.ops.engine.engines import end_engine, engine, moe_layers
+from tests.ops.engine.engines import core, end_engine, engine, moe_layers
 
 pytestmark = pytest.mark.engine
 
@@ -68,6 +69,42 @@ def test_artifacts(running, demo_artifact, tmp_path):
     tensors["layers.1.cosine"] = torch.eye(64)
     save_file(tensors, tmp_path / "identity", metadata=metadata)
     start({"similarity": str(tmp_path / "identity")}, "layer 1 is the identity")
+
+
+def test_a_hub_model_is_known_by_its_commit_and_by_its_files_once_they_are_here(running, demo_artifact, tmp_path, monkeypatch):
+    """As vLLM has it: a hub name and a revision in the place of a folder, files only when weights are loaded."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    snapshots, commit = tmp_path / "cache" / "models--org--moe" / "snapshots", "a" * 40
+    right, wrong = model_digest(DEMO_MODEL), "0" * 64
+    artifacts = {
+        name: {"similarity": str(changed_artifact(tmp_path / name, demo_artifact, manifest={"model": {"name": name, **model}}))}
+        for name, model in {
+            "of-commit": {"digest": wrong, "commit": commit},
+            "of-another": {"digest": right, "commit": "b" * 40},
+            "of-files": {"digest": right},
+            "of-other-files": {"digest": wrong},
+            "of-nothing": {"digest": None},
+        }.items()
+    }
+    with engine({"policy": "none"}) as llm:
+        monkeypatch.setattr(core(llm).vllm_config.model_config, "model", "org/moe")
+        monkeypatch.setattr(core(llm).vllm_config.model_config, "revision", commit)
+    with engine(artifacts["of-commit"]):
+        pass
+    start(artifacts["of-another"], rf"other weights \(of-another.*model_revision={'b' * 40}")
+    for name in ("of-files", "of-other-files", "of-nothing"):
+        start(artifacts[name], rf"whether the artifact \({name}.*commit {commit}\) cannot be known.*check_model to false")
+    with engine({**artifacts["of-nothing"], "check_model": False}):
+        pass
+    snapshots.mkdir(parents=True)
+    (snapshots / commit).symlink_to(DEMO_MODEL)
+    for name in ("of-commit", "of-another", "of-files"):
+        with engine(artifacts[name]):
+            pass
+    start(artifacts["of-other-files"], "computed from other weights")
+    start(artifacts["of-nothing"], "cannot be known")
 
 
 def test_other_weights_are_allowed_on_request(running, demo_artifact, tmp_path):

@@ -101,3 +101,32 @@ def _json(value: Any) -> Any:
 
 def test_only_keys_of_today_are_filled_in():
     assert settings_then({"a": 1}, {"a": 1, "b": 2}, {"b": 5, "c": 6}) == {"a": 1, "b": 5}
+
+
+def test_a_job_begun_with_what_then_stood_for_a_setting_goes_on_and_is_held_to_it(tmp_path):
+    """A hub model was known by its files' digest, or by nothing before its download; now by its commit."""
+    for then in ("digest", None):
+        storage = begun(tmp_path / str(then), {"a": then})
+        earlier = {"a": ("digest", None)}
+        for _ in range(2):
+            with JobFolder(storage, KIND, {"a": "commit:1"}, overwrite=False, earlier=earlier) as folder:
+                assert folder.digest == digest_of({"a": then}), "its results stay its own"
+        with pytest.raises(ConfigError, match=r"holds another job \(a was 'commit:1', is 'commit:2'\)"):
+            JobFolder(storage, KIND, {"a": "commit:2"}, overwrite=False, earlier=earlier).__enter__()
+        assert storage.get("results/part-1") == b"x"
+
+
+def test_another_value_than_what_may_stand_for_it_is_another_job(tmp_path):
+    storage = begun(tmp_path, {"a": "other"})
+    with pytest.raises(ConfigError, match=r"a was 'other', is 'commit:1'"):
+        JobFolder(storage, KIND, {"a": "commit:1"}, overwrite=False, earlier={"a": ("digest", None)}).__enter__()
+
+
+@pytest.mark.parametrize("kind", [GENERATE, CALIBRATE], ids=lambda kind: kind.name)
+def test_a_model_whose_branch_moved_is_refused_with_what_goes_on(tmp_path, kind):
+    storage = Storage(str(tmp_path / "job"))
+    with JobFolder(storage, kind, {"model_digest": "commit:1"}, overwrite=False):
+        name = "part-s0001-r0000-000000.parquet" if kind is GENERATE else "shard-000000.safetensors"
+        storage.put(f"results/{name}", b"x")
+    with pytest.raises(ConfigError, match=r"model_digest was 'commit:1', is 'commit:2'\): .*model_revision=COMMIT, choose"):
+        JobFolder(storage, kind, {"model_digest": "commit:2"}, overwrite=False).__enter__()

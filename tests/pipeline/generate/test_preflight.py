@@ -1,0 +1,96 @@
+"""What is settled before engines start, of a hub model: which commit they are told, and whether an artifact is of it."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from sere.conf.errors import ConfigError
+from sere.conf.schema import EngineConfig, GenerateConfig, RerouteConfig
+from sere.ops.similarity import SimilarityArtifact
+from sere.pipeline.generate.identity import job_settings
+from sere.pipeline.generate.preflight import engine_arguments, prepare_reroute
+from sere.pipeline.runtime.model_facts import ModelFacts, read_model_facts
+from tests.conftest import DEMO_MODEL
+
+COMMIT, OTHER = "a" * 40, "b" * 40
+
+
+def config_of(commit: str | None = COMMIT, *, reroute: RerouteConfig | None = None, **engine_kwargs: Any) -> GenerateConfig:
+    engine = EngineConfig(engine_kwargs=engine_kwargs)
+    return GenerateConfig(model="org/moe", model_revision=commit, data="d", output="o", engine=engine, reroute=reroute)
+
+
+def arguments(config: GenerateConfig) -> dict[str, Any]:
+    return engine_arguments(config, None, on_gpu=False)
+
+
+def test_engines_are_told_the_commit():
+    made = arguments(config_of())
+    assert (made["revision"], made["tokenizer_revision"]) == (COMMIT, COMMIT)
+    assert not {"revision", "tokenizer_revision"} & set(arguments(config_of(None)))
+
+
+def test_the_commit_is_not_looked_for_in_another_tokenizers_repository():
+    made = arguments(config_of(tokenizer="org/other"))
+    assert (made["revision"], made["tokenizer_revision"]) == (COMMIT, "main")
+    assert arguments(config_of(tokenizer="org/other", tokenizer_revision="v2"))["tokenizer_revision"] == "v2"
+    assert arguments(config_of(tokenizer="org/moe"))["tokenizer_revision"] == COMMIT
+
+
+@pytest.mark.parametrize("key", ["revision", "tokenizer_revision"])
+def test_engine_kwargs_that_name_another_revision_are_refused(key):
+    with pytest.raises(ConfigError, match=rf"engine\.engine_kwargs\.{key}=v2 is not the model's commit .*model_revision=v2"):
+        arguments(config_of(**{key: "v2"}))
+    for same in (COMMIT, None):
+        assert arguments(config_of(**{key: same}))[key] == COMMIT
+    assert arguments(config_of(None, **{key: "v2"}))[key] == "v2", "a folder has none: as it was given"
+
+
+def facts_of(**changes: Any) -> ModelFacts:
+    facts = read_model_facts(str(DEMO_MODEL), revision=None, trust_remote_code=False)
+    return dataclasses.replace(facts, name="org/moe", **changes)
+
+
+@pytest.fixture
+def check(demo_artifact, tmp_path):
+    """Checks the artifact of a model (its entry in the manifest) against facts."""
+
+    def checked(model: dict[str, Any], facts: ModelFacts) -> None:
+        whole = SimilarityArtifact.load(demo_artifact)
+        file = SimilarityArtifact(whole.matrices, {**whole.manifest, "model": model}).save(tmp_path / "similarity.safetensors")
+        reroute = RerouteConfig(policy="sere", similarity=str(file))
+        prepare_reroute(config_of(reroute=reroute), facts, tmp_path)
+
+    return checked
+
+
+def test_an_artifact_of_the_commit_passes_before_the_download(check):
+    check({"name": "org/moe", "digest": "1" * 64, "commit": COMMIT}, facts_of(commit=COMMIT, digest=None))
+
+
+def test_an_artifact_of_another_commit_is_refused_before_the_download(check):
+    with pytest.raises(ConfigError, match=f"other weights .*model_revision={OTHER}"):
+        check({"name": "org/moe", "digest": "1" * 64, "commit": OTHER}, facts_of(commit=COMMIT, digest=None))
+
+
+def test_an_artifact_that_knows_files_only_is_left_to_the_engines_until_they_are_here(check):
+    old = {"name": "org/moe", "digest": "1" * 64}
+    check(old, facts_of(commit=COMMIT, digest=None))
+    check(old, facts_of(commit=COMMIT, digest="1" * 64))
+    with pytest.raises(ConfigError, match="other weights"):
+        check(old, facts_of(commit=COMMIT, digest="2" * 64))
+
+
+def test_an_artifact_that_knows_nothing_passes_for_no_model(check):
+    for facts in (facts_of(commit=COMMIT, digest=None), facts_of()):
+        with pytest.raises(ConfigError, match="cannot be known: calibrate this model anew, or set check_model to false"):
+            check({"name": "org/moe", "digest": None}, facts)
+
+
+def test_the_commit_and_not_its_name_is_what_the_job_is_of():
+    def settings(revision: str | None) -> dict[str, Any]:
+        return job_settings(config_of(revision), model_digest=f"commit:{COMMIT}", fingerprints={}, artifact=b"")
+
+    assert settings("main") == settings(None) == settings(COMMIT)
+    assert settings(None)["model_digest"] == f"commit:{COMMIT}" and "model_revision" not in settings(None)
