@@ -23,8 +23,8 @@ def make_empty_model(facts: ModelFacts, *, trust_remote_code: bool) -> Any:
 
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     code = (getattr(facts.config, "auto_map", None) or {}).get("AutoModelForCausalLM", "")
-    if trust_remote_code and facts.commit is not None and code.startswith(f"{facts.name}--"):
-        # Transformers would take the code of the main branch.
+    if trust_remote_code and facts.commit is not None and code and "--" not in code:
+        # Transformers would take the code of the main branch. Code of another repository is REPOSITORY--MODULE.CLASS.
         options["code_revision"] = facts.commit
     with torch.device("meta"):
         return transformers.AutoModelForCausalLM.from_config(facts.config, **options)

@@ -15,10 +15,10 @@ from sere.ops.similarity import SimilarityArtifact
 from tests.conftest import ROOT
 from tests.hub_server import hub_server
 
-pytestmark = pytest.mark.cluster
 NAME = "somebody/tiny-moe"
 
 
+@pytest.mark.cluster
 def test_a_hub_model_is_one_job_until_its_branch_moves(tiny_model, texts, tmp_path):
     def sere(*overrides: str, status: int = 0, **variables: str) -> str:
         settings = [
@@ -61,3 +61,30 @@ def _changed(model: Path, folder: Path) -> Path:
         loaded.lm_head.weight.mul_(2)
     loaded.save_pretrained(folder)
     return folder
+
+
+_STRUCTURE = """
+import sys
+from sere.calibration_jobs.workers.model import make_empty_model
+from sere.pipeline.runtime.model_facts import read_model_facts
+facts = read_model_facts(sys.argv[1], revision=sys.argv[2], trust_remote_code=True)
+print(make_empty_model(facts, trust_remote_code=True).written_for)
+"""
+
+
+@pytest.mark.slow
+def test_code_that_comes_with_a_model_is_that_of_the_commit(tiny_model, tmp_path):
+    commits = []
+    with hub_server() as hub:
+        for name in ("first", "second"):
+            folder = shutil.copytree(tiny_model, tmp_path / name)
+            values = json.loads((folder / "config.json").read_text())
+            values["auto_map"] = {"AutoModelForCausalLM": "modeling_own.Own"}
+            (folder / "config.json").write_text(json.dumps(values))
+            code = f"import transformers\nclass Own(transformers.Qwen3MoeForCausalLM):\n    written_for = {name!r}\n"
+            (folder / "modeling_own.py").write_text(code)
+            commits.append(hub.commit(NAME, folder))
+        command = [sys.executable, "-c", _STRUCTURE, NAME, commits[0]]
+        environment = os.environ | hub.environment(tmp_path / "home")
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == "first", done.stderr[-2000:]

@@ -5,15 +5,18 @@ import socket
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import mlflow
 import pytest
 import torch
 
+from sere.calibration_jobs.judge.champion import read_champion
 from sere.calibration_jobs.publish.inspect import inspect
 from sere.calibration_jobs.publish.promote import promote as print_promotion
 from sere.conf.errors import ConfigError
-from sere.conf.schema import TrackingConfig
+from sere.conf.schema import CalibrateConfig, TrackingConfig
+from sere.ops.model_digest import ModelIdentity
 from sere.ops.similarity import SimilarityArtifact
 from sere.pipeline.tracking.registry import alias_version, promote, resolve_artifact
 from sere.pipeline.tracking.tracker import resume, track
@@ -105,3 +108,18 @@ def test_a_run_goes_on_and_registers_once(store, tmp_path):
     assert run.info.status == "FINISHED" and run.data.metrics["a"] == 2
     assert (run.data.params["num_workers"], run.data.params["only_2"]) == ("1", "1"), "a param keeps its first value"
     assert resume(store, "0" * 32) is None and resume(TrackingConfig(uri=""), run_id) is None
+
+
+def test_a_champion_is_compared_only_if_it_is_of_the_models_weights(store, tmp_path):
+    name = f"model-{tmp_path.name}"
+    promote(f"models:/{name}/{register(store, name, tmp_path)}", uri=store.uri)
+    config = CalibrateConfig(model="m", data="d", output="o", promote_if="lower_held_out_error", tracking=store)
+
+    def read(identity: ModelIdentity):
+        model = SimpleNamespace(num_experts=6, identity=identity)
+        return read_champion(SimpleNamespace(config=config, name=name, run_id=None, model=model))
+
+    assert read(ModelIdentity(digest="d", commit="c" * 40)).version == "1"
+    for other in (ModelIdentity(digest="e"), ModelIdentity(commit="c" * 40)):
+        with pytest.raises(ConfigError, match=r"champion version 1 of .* is not, or not known to be, .*set promote_if=never"):
+            read(other)
