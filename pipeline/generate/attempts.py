@@ -3,7 +3,7 @@
 A row may kill its replica, which the driver sees, or the machine, which nobody sees: then this tells the next driver.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -67,8 +67,13 @@ def _ranges(rows: Iterable[int]) -> list[list[int]]:
     return [[int(some[0]), int(some[-1])] for some in np.split(ordered, cuts)]
 
 
-def read_attempts(storage: Storage) -> Tries:
-    """What replicas of earlier sessions had in hand when they ended, however they ended; one try more than they were given."""
+def read_attempts(storage: Storage, finished: Mapping[str, np.ndarray]) -> Tries:
+    """What replicas of earlier sessions had in hand when they ended, however they ended; one try more than they were given.
+
+    Args:
+        storage: The job's folder.
+        finished: Per file the rows that were written after all, sorted: those are none of them.
+    """
     tries: Tries = {}
     for name in storage.sizes(ATTEMPTS):
         noted = storage.get_json(name)
@@ -78,7 +83,10 @@ def read_attempts(storage: Storage) -> Tries:
                 tried = Tried(batch["tries"] + 1, batch["alone"])
                 for first, last in ranges:
                     known.update((row, max(known.get(row, Tried()), tried)) for row in range(first, last + 1))
-    return tries
+    for file, known in tries.items():
+        for row in np.intersect1d(finished.get(file, np.array([], np.int64)), list(known)).tolist():
+            del known[row]
+    return {file: known for file, known in tries.items() if known}
 
 
 def forget_attempts(storage: Storage) -> None:

@@ -187,7 +187,7 @@ def _warn_of_mixing(config: GenerateConfig, earlier: list[Session], tracker: Nul
 def _work(job: _Job, finished: Finished, monitor: Monitor) -> None:
     """Run what is left through replicas."""
     from sere.pipeline.generate.dispatch.dispatcher import Dispatcher
-    from sere.pipeline.generate.dispatch.remaining import left_of, split
+    from sere.pipeline.generate.dispatch.remaining import Split, left_of
 
     config, source, parts = job.config, job.source, job.parts
     session = f"s{monitor.session.number:04d}-{job.folder.token}"
@@ -209,7 +209,7 @@ def _work(job: _Job, finished: Finished, monitor: Monitor) -> None:
         stall_timeout_s=config.stall_timeout_s,
         left_of=partial(left_of, parts),
         give_up=give_up,
-        split=partial(split, tries=read_attempts(parts.storage), max_retries=config.max_retries),
+        split=Split(read_attempts(parts.storage, finished.rows), max_retries=config.max_retries),
     )
     patience = _STOP_INTERRUPTED_S
     try:

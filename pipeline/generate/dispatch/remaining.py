@@ -52,15 +52,25 @@ def _take_out(parts: Parts, replica: str, spans: list[list[tuple[int, int]]], *b
     return (len(written), lengths, *tables)
 
 
-def split(rows: Rows, *, tries: Tries, max_retries: int) -> list[Batch]:
-    """A batch as it is read; see `split_by_tries`. Its keys are asked for only where an earlier session died with rows."""
-    if not tries:
-        return [Batch(rows)]
-    import ray
+class Split:
+    """Makes batches of rows as they are read; see `split_by_tries`."""
 
-    spans, blocks = rows.arguments()
-    keys = ray.get(ray.remote(num_cpus=0.5)(_keys).remote(spans, *blocks))
-    return split_by_tries(rows, keys, tries, max_retries=max_retries)
+    def __init__(self, tries: Tries, *, max_retries: int) -> None:
+        """What earlier sessions died with, and how often rows are tried as before."""
+        self._tries, self._max_retries = tries, max_retries
+        self._num_awaited = sum(len(rows) for rows in tries.values())
+
+    def __call__(self, rows: Rows) -> list[Batch]:
+        """The batches; keys are asked for only until all rows that somebody died with have come."""
+        if not self._num_awaited:
+            return [Batch(rows)]
+        import ray
+
+        spans, blocks = rows.arguments()
+        keys = ray.get(ray.remote(num_cpus=0.5)(_keys).remote(spans, *blocks))
+        batches = split_by_tries(rows, keys, self._tries, max_retries=self._max_retries)
+        self._num_awaited -= sum(len(batch.rows) for batch in batches if batch.num_tries)
+        return batches
 
 
 def _keys(spans: list[tuple[int, int]], *blocks: pa.Table) -> pa.Table:

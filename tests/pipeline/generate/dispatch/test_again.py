@@ -2,11 +2,12 @@
 
 from itertools import pairwise
 
+import numpy as np
 import pyarrow as pa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sere.pipeline.generate.attempts import Attempts, forget_attempts, read_attempts
+from sere.pipeline.generate.attempts import Attempts, Tried, forget_attempts, read_attempts
 from sere.pipeline.generate.dispatch.again import next_tries, split_by_tries
 from sere.pipeline.generate.dispatch.work import Batch, Rows, cut, joined
 from sere.pipeline.runtime.storage import Storage
@@ -85,7 +86,7 @@ def test_a_row_that_kills_every_session_is_found(tmp_path_factory, size, poison,
         assert sessions < 60
         left = rows_of(number for number in range(size) if number not in answered | given_up)
         attempts = Attempts(storage, f"s{sessions}-0-r0")
-        for number, batch in enumerate(split_by_tries(lying(left), left, read_attempts(storage), max_retries=max_retries)):
+        for number, batch in enumerate(split_by_tries(lying(left), left, read_attempts(storage, {}), max_retries=max_retries)):
             numbers = set(numbers_of(batch.rows))
             if batch.hopeless:
                 given_up |= numbers
@@ -99,7 +100,7 @@ def test_a_row_that_kills_every_session_is_found(tmp_path_factory, size, poison,
             attempts.forget()
     assert given_up == poison & set(range(size))
     forget_attempts(storage)
-    assert read_attempts(storage) == {}
+    assert read_attempts(storage, {}) == {}
 
 
 def test_nothing_left_is_not_tried_again():
@@ -113,7 +114,15 @@ def test_a_batch_that_was_answered_is_not_charged():
     assert (again[0].num_tries, again[0].alone, lost) == (2, False, None)
 
 
+def test_rows_that_were_written_are_nobodys_fault(tmp_path):
+    storage = Storage(str(tmp_path))
+    attempts = Attempts(storage, "s0001-ab-r0000")
+    attempts.begin(0, pa.concat_tables([rows_of([3, 4, 5, 9]), rows_of([1], "g")]), 2, alone=False)
+    found = read_attempts(storage, {"f": np.array([0, 4, 9]), "g": np.array([1])})
+    assert found == {"f": {3: Tried(3, 0), 5: Tried(3, 0)}}
+
+
 def test_damaged_notes_are_none(tmp_path):
     storage = Storage(str(tmp_path))
     storage.put("attempts/s0001-ab-r0000.json", b"{")
-    assert read_attempts(storage) == {}
+    assert read_attempts(storage, {}) == {}

@@ -13,7 +13,7 @@ import pytest
 from sere.conf.errors import ConfigError, TryAgainError
 from sere.pipeline.generate.attempts import Tried
 from sere.pipeline.generate.dispatch.dispatcher import Dispatcher
-from sere.pipeline.generate.dispatch.remaining import left_of, split
+from sere.pipeline.generate.dispatch.remaining import Split, left_of
 from sere.pipeline.generate.dispatch.work import Rows, cut, joined
 from sere.pipeline.generate.parts import Parts
 from sere.pipeline.generate.replica.answers import Answer, answer_table
@@ -130,7 +130,7 @@ def job(local_ray, tmp_path):
             stall_timeout_s=options.get("stall_timeout_s", 600),
             left_of=partial(left_of, parts),
             give_up=give_up,
-            split=partial(split, tries=options.get("tries", {}), max_retries=max_retries),
+            split=Split(options.get("tries", {}), max_retries=max_retries),
         )
         try:
             for _ in dispatcher.run(cut(blocks(), batch)):
