@@ -22,6 +22,8 @@ _OWNED = {
     "max_loras": "engine.lora_adapters",
     "max_lora_rank": "engine.max_lora_rank",
 }
+# More would be a slip of the hand.
+_MOST_REPLICAS = 10_000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,6 +69,9 @@ class EngineConfig:
     def __post_init__(self) -> None:
         one_of(self, "dtype", "executor")
         at_least(self, 1, "num_replicas", "max_num_seqs", "tensor_parallel_size", "pipeline_parallel_size", "max_lora_rank")
+        if max(self.num_replicas, self.max_replicas or 0) > _MOST_REPLICAS:
+            asked = max(self.num_replicas, self.max_replicas or 0)
+            raise ConfigError(f"num_replicas and max_replicas must be at most {_MOST_REPLICAS}, got {asked}")
         if self.max_model_len is not None:
             at_least(self, 1, "max_model_len")
         if self.max_replicas is not None and self.max_replicas < self.num_replicas:

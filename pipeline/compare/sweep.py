@@ -5,12 +5,14 @@ it), and a cache of prompts' keys and values must not pass from one policy to an
 """
 
 import itertools
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from sere.conf.errors import ConfigError
+from sere.conf.errors import ConfigError, TryAgainError
 from sere.conf.load import load_config
 from sere.conf.nested import digest_of, flatten
 from sere.conf.schema import GenerateConfig, SweepConfig
@@ -99,12 +101,14 @@ def sweep(config: SweepConfig, console: "Console", *, ray_address: str | None = 
         ray_address: As in `generate`.
 
     Raises:
-        ConfigError: if a setting is wrong; or, after all others have run, if some could not be run.
+        ConfigError: if a setting is wrong, or the report has no place.
+        ConfigError, TryAgainError: after all others have run, if some could not be run.
     """
     points = expand(config)
+    _refuse_unwritable(Path(config.report))
     storage = Storage(config.output, points[0].config.storage_options)
     noted = storage.get_json("sweep.json") or {}
-    failed: dict[str, str] = {}
+    failed: dict[str, ConfigError] = {}
     run_id = resume(config.tracking, noted.get("mlflow_run_id"))
     with track(config.tracking, kind="sweep", default_name="sweep", run_id=run_id) as tracker:
         storage.put_json("sweep.json", {"mlflow_run_id": tracker.run_id, "configurations": [point.name for point in points]})
@@ -115,7 +119,7 @@ def sweep(config: SweepConfig, console: "Console", *, ray_address: str | None = 
             try:
                 print_summary(generate(point.config, ray_address=ray_address, parent_run_id=tracker.run_id), console)
             except ConfigError as error:
-                failed[point.name] = str(error)
+                failed[point.name] = error
                 console.print(f"  failed: {error}", markup=False, highlight=False, soft_wrap=True)
         tracker.log_metrics({"num_configurations": len(points), "num_failed": len(failed)})
     if config.tracking.uri and len(failed) < len(points):
@@ -129,6 +133,17 @@ def sweep(config: SweepConfig, console: "Console", *, ray_address: str | None = 
         )
     if failed:
         name, why = next(iter(failed.items()))
-        raise ConfigError(
+        passes = all(isinstance(error, TryAgainError) for error in failed.values())
+        raise (TryAgainError if passes else ConfigError)(
             f"{len(failed)} of {len(points)} configurations failed, first {name} ({why}): the same command tries them again"
         )
+
+
+def _refuse_unwritable(folder: Path) -> None:
+    """Before anything runs, not after all has run."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(f"report {folder} cannot be written ({error.strerror}): choose another folder") from error

@@ -144,3 +144,8 @@ def test_what_a_setting_says_is_not_said_twice(minimal, kwargs, setting):
     with pytest.raises(ConfigError, match=rf"engine_kwargs\..* is what {setting} says: set that one instead"):
         load_config(GenerateConfig, minimal, [f"engine.engine_kwargs={kwargs}"])
     load_config(GenerateConfig, minimal, ["engine.engine_kwargs={additional_config: {mine: 1}}"])
+
+
+def test_as_many_replicas_as_a_slip_of_the_hand_gives_are_refused(minimal):
+    with pytest.raises(ConfigError, match="num_replicas and max_replicas must be at most 10000, got 100000000000000000000"):
+        load_config(GenerateConfig, minimal, [f"engine.num_replicas={10**20}", f"engine.max_replicas={10**20}"])

@@ -70,6 +70,14 @@ def test_a_wrong_setting_is_found_before_anything_runs(override, words):
         points(override)
 
 
+def test_a_report_without_a_place_is_found_before_anything_runs(tmp_path):
+    (tmp_path / "report").write_text("a file")
+    file = tmp_path / "sweep.yaml"
+    file.write_text("base: conf/generate.yaml\ngrid: {reroute.policy: [sere]}\n")
+    printed = sere("sweep", str(file), f"output={tmp_path}/runs", f"report={tmp_path}/report", status=2)
+    assert "report cannot be written" in printed and "Traceback" not in printed and not (tmp_path / "runs").exists()
+
+
 def sere(*arguments, status=0):
     environment = {k: v for k, v in os.environ.items() if k not in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_LOGGING_LEVEL")}
     command = [sys.executable, "-m", "sere.pipeline.cli", *arguments]
