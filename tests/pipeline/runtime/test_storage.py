@@ -1,6 +1,7 @@
 """Files on every kind of storage, and on one that fails now and then."""
 
 import errno
+import os
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 from typing import ClassVar
@@ -11,6 +12,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from sere.conf.errors import ConfigError, TryAgainError
 from sere.pipeline.runtime.storage import Storage
+from tests.failing_proxy import failing_proxy
 
 
 class FailingFileSystem(MemoryFileSystem):
@@ -123,3 +125,20 @@ def test_many_files_are_removed(uri):
     storage.remove_all([*names[1:], "results/none"])
     assert list(storage.sizes("results")) == names[:1]
     assert pickle.loads(pickle.dumps(storage)).get(names[0]) == b"x"
+
+
+def test_an_object_store_that_answers_503_to_one_request_in_ten_and_others_late(s3_bucket, tmp_path):
+    """A real S3 server behind a proxy; nothing is lost, and of two who create a file one does."""
+    port = int(os.environ["AWS_ENDPOINT_URL"].rsplit(":", 1)[1])
+    with failing_proxy(port, share=0.1, late_s=0.2) as (proxy, refused):
+        options = {"endpoint_url": f"http://127.0.0.1:{proxy}", "config_kwargs": {"retries": {"total_max_attempts": 1}}}
+        storages = [Storage(f"{s3_bucket}/{tmp_path.name}", {**options, "skip_instance_cache": True}) for _ in range(2)]
+        for number in range(12):
+            storages[0].put(f"results/{number:03d}", b"%d" % number)
+            created = [storage.create(f"lease/{number:03d}", b"%d" % owner) for owner, storage in enumerate(storages)]
+            assert created == [True, False] and storages[1].get(f"lease/{number:03d}") == b"0"
+        assert len(storages[1].sizes("results")) == 12
+        assert [storages[1].get(name) for name in storages[1].sizes("results")] == [b"%d" % number for number in range(12)]
+        storages[0].remove_all([f"results/{number:03d}" for number in range(1, 12)])
+        assert list(storages[1].sizes("results")) == ["results/000"]
+        assert len(refused) > 3
