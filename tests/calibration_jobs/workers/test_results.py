@@ -34,6 +34,11 @@ def test_what_is_saved_is_loaded(results):
     assert results.load("none") == ({}, {"a": 1})
 
 
+def kept(folder):
+    """Contents of damaged files, none of which has replaced another."""
+    return [file.read_bytes() for file in (folder / "damaged").iterdir()]
+
+
 def test_a_flipped_bit_is_found(results, file, tmp_path):
     """Wherever it is: where it does no harm (in the padding of the header, say), what was saved is loaded."""
     results.save("shard-0", RESULT)
@@ -44,7 +49,7 @@ def test_a_flipped_bit_is_found(results, file, tmp_path):
         file.write_bytes(flipped)
         found = results.load("shard-0")
         if found is None:
-            assert not file.exists() and (tmp_path / "damaged" / file.name).read_bytes() == flipped, "kept, to be looked at"
+            assert not file.exists() and flipped in kept(tmp_path), "to be looked at"
             num_found += 1
         else:
             assert is_result(found)
@@ -58,7 +63,7 @@ def test_a_cut_file_and_another_jobs_file_are_moved_aside(results, file, tmp_pat
     for name, content, owner in (("shard-0", whole[:-8], "digest"), ("shard-1", whole, "digest"), ("shard-0", whole, "other")):
         file.with_stem(name).write_bytes(content)
         assert Results(Storage(str(tmp_path)), owner).load(name) is None
-        assert not file.with_stem(name).exists() and (tmp_path / "damaged" / f"{name}.safetensors").read_bytes() == content
+        assert not file.with_stem(name).exists() and content in kept(tmp_path)
         assert f"{name}.safetensors is not what was written there" in caplog.text
 
 
