@@ -10,7 +10,8 @@ from sere.ops.kernels.compile import COMPILE_OPTIONS, source_text
 from tests.ops.kernels import nvrtc
 from tests.ops.kernels.shim import KERNELS
 
-ARCHITECTURES = ["sm_80", "sm_90", "sm_100", "sm_120"]
+# All four for every kernel take minutes; the two in between are alike.
+ARCHITECTURES = ["sm_80", *(pytest.param(name, marks=pytest.mark.long) for name in ("sm_90", "sm_100")), "sm_120"]
 # A policy's kernel is compiled for the layer's number of experts, and has fewer threads where there are many.
 SOURCES = [
     *(("reroute.cu", options, 1024) for options in ((), ("-DTOPK_INT64",))),

@@ -103,7 +103,10 @@ def test_figures_and_order(config, small):
     assert len(Storage(config.output).sizes("results")) == 5
 
 
-@pytest.mark.parametrize("step", ["sort", "first part", "third part", "manifest", "delete"])
+MORE_STEPS = [pytest.param(step, marks=pytest.mark.long) for step in ("sort", "first part")]
+
+
+@pytest.mark.parametrize("step", [*MORE_STEPS, "third part", "manifest", "delete"])
 def test_interrupted_at_any_point_every_row_is_there_once(config, small, monkeypatch, step):
     job = Job(config)
     written = []

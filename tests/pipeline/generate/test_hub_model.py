@@ -11,7 +11,7 @@ from sere.ops.similarity import SimilarityArtifact
 from tests.conftest import DEMO_MODEL, ROOT
 from tests.hub_server import hub_server
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.long]
 NAME = "somebody/demo-moe"
 
 

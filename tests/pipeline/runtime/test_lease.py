@@ -54,7 +54,7 @@ def test_a_folder_that_was_left_is_free_at_once(uri, monkeypatch):
             take_lease(Storage(uri))
         taken.check(now=True)
         taken.release()
-    assert len(Storage(uri).sizes("lease")) <= 1
+    assert len(Storage(uri).sizes("lease")) <= 1, "those before are removed"
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -96,9 +96,10 @@ def test_a_process_that_was_stopped_for_a_while_leaves_the_folder_to_its_success
     _, error = process.communicate(timeout=20)
     assert "another one goes on with" in error and "leave it to that one" in error
     taken.check(now=True)
-    assert len(Storage(uri).sizes("lease")) == 1
     taken.release()
-    assert all(json.loads(Storage(uri).get(name))["released"] for name in Storage(uri).sizes("lease"))
+    # The newest; the one before may have been written once more by a process that was stopped in the midst of that.
+    *_, newest = Storage(uri).sizes("lease")
+    assert newest == "lease/000002.json" and json.loads(Storage(uri).get(newest))["released"]
 
 
 def test_a_program_that_is_busy_shows_signs_of_life(s3_bucket, tmp_path):

@@ -173,7 +173,7 @@ def test_workers_killed_at_random(job):
     assert [row["generated_text"] for row in rows] == [prompt.upper() for prompt in prompts]
 
 
-@pytest.mark.parametrize("max_retries", [0, 1, 3])
+@pytest.mark.parametrize("max_retries", [0, 1, pytest.param(3, marks=pytest.mark.long)])
 def test_a_row_that_kills_takes_no_other_with_it(job, max_retries):
     prompts = [f"p{number}" for number in range(60)]
     prompts[17] = prompts[41] = "die"
