@@ -16,7 +16,7 @@ demo: install
 test-fast: install
 	@$(BIN)/python -m pytest -m "not engine and not cluster and not slow and not long"
 
-# What continuous integration runs; under 25 minutes on 2 cores.
+# What continuous integration runs; about 25 minutes on 2 cores.
 test: install types
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	@$(BIN)/python -m pytest -m "not long"
