@@ -74,10 +74,10 @@ def _join(address: str) -> None:
     from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
     from ray.exceptions import RayError
 
-    _refuse_silent(address)
     # `ray start` asks for a token as soon as there is one, which is so after the first local Ray; joining by an address does
-    # not send it unless told to.
-    maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+    # not send it unless told to. A process that sends one also asks for it, so a cluster without tokens must get none.
+    if _asks_for_token(address):
+        maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
     try:
         _init(address)
     except (OSError, RuntimeError, ValueError, RayError) as error:
@@ -88,14 +88,21 @@ def _join(address: str) -> None:
         ) from error
 
 
-def _refuse_silent(address: str) -> None:
-    """Refuse an address at which no Ray answers: Ray itself would try for minutes."""
+def _asks_for_token(address: str) -> bool:
+    """Whether the cluster at an address wants a token.
+
+    Raises:
+        ConfigError: if no Ray answers there: Ray itself would try for minutes.
+    """
     import grpc  # type: ignore[import-untyped]
     from ray._private.grpc_utils import init_grpc_channel
+    from ray.core.generated.gcs_service_pb2 import GetAllNodeInfoRequest
+    from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
 
     place = address.rpartition("://")[2]
     if place == "auto":
-        return
+        # Of this machine, by `ray start`.
+        return True
     host, _, port = place.rpartition(":")
     try:
         if not host or not port.isdecimal():
@@ -105,6 +112,10 @@ def _refuse_silent(address: str) -> None:
         channel = init_grpc_channel(place)
         try:
             grpc.channel_ready_future(channel).result(timeout=_CONNECT_S)
+            NodeInfoGcsServiceStub(channel).GetAllNodeInfo(GetAllNodeInfoRequest(), timeout=_CONNECT_S)
+        except grpc.RpcError as error:
+            # Another error says something of what answers there, and Ray says it again.
+            return error.code() == grpc.StatusCode.UNAUTHENTICATED
         finally:
             channel.close()
     except (OSError, OverflowError, ValueError, grpc.FutureTimeoutError) as error:
@@ -113,6 +124,7 @@ def _refuse_silent(address: str) -> None:
             f"no Ray cluster answers at RAY_ADDRESS={address} ({reason}): start one with `ray start --head`, or unset "
             "RAY_ADDRESS to use this machine alone"
         ) from error
+    return False
 
 
 def refuse_missing_room(needs: dict[str, float], *, address: str | None, what: str, remedy: str) -> None:
