@@ -19,7 +19,7 @@ HOLD = """
 import sys, time
 from sere.pipeline.runtime import lease
 from sere.pipeline.runtime.storage import Storage
-lease.HEARTBEAT_S, lease._SILENCE_S = 0.2, 1.0
+lease.HEARTBEAT_S, lease._SILENCE_S = 0.2, 2.0
 try:
     taken = lease.take_lease(Storage(sys.argv[1]))
 except Exception as error:
@@ -43,7 +43,7 @@ def hold(uri):
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     monkeypatch.setattr(lease, "HEARTBEAT_S", 0.2)
-    monkeypatch.setattr(lease, "_SILENCE_S", 1.0)
+    monkeypatch.setattr(lease, "_SILENCE_S", 2.0)
 
 
 def test_a_folder_that_was_left_is_free_at_once(uri, monkeypatch):
