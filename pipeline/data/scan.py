@@ -7,7 +7,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from sere.conf.errors import ConfigError
+from sere.conf.errors import ConfigError, TryAgainError
 from sere.conf.masking import mask_uri
 from sere.pipeline.data.describe import describe_file
 from sere.pipeline.data.find import find_sources
@@ -63,7 +63,7 @@ def scan_known(
         raise _of_task(listing, error) from error.cause
     except ray.exceptions.RayError as error:
         # A lost worker or node, or one that ran out of memory: Ray's own text is a page.
-        raise ConfigError(
+        raise TryAgainError(
             f"{mask_uri(listing.spec.data)} could not be looked through: the Ray cluster lost a worker "
             f"({type(error).__name__}): run the same command again"
         ) from error

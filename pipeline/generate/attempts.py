@@ -3,6 +3,8 @@
 A row may kill its replica, which the driver sees, or the machine, which nobody sees: then this tells the next driver.
 """
 
+import re
+import threading
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -41,6 +43,8 @@ class Attempts:
         """
         self._storage, self._name = storage, f"{ATTEMPTS}/{replica}.json"
         self._batches: dict[int, dict[str, Any]] = {}
+        # Batches begin in several threads: a file that is written later must not know less.
+        self._lock = threading.Lock()
 
     def begin(self, number: int, table: pa.Table, num_tries: int, *, alone: bool) -> None:
         """Note a batch; to be called before its rows are tried."""
@@ -48,8 +52,9 @@ class Attempts:
         names, rows = (table[column].to_pylist() for column in KEY)
         for name in dict.fromkeys(names):
             files[name] = _ranges(row for file, row in zip(names, rows, strict=True) if file == name)
-        self._batches[number] = {"tries": num_tries, "alone": len(table) if alone else 0, "files": files}
-        self._storage.put_json(self._name, list(self._batches.values()))
+        with self._lock:
+            self._batches[number] = {"tries": num_tries, "alone": len(table) if alone else 0, "files": files}
+            self._storage.put_json(self._name, list(self._batches.values()))
 
     def end(self, number: int) -> None:
         """A batch is in parts; the next `begin` writes that down."""
@@ -75,7 +80,7 @@ def read_attempts(storage: Storage, finished: Mapping[str, np.ndarray]) -> Tries
         finished: Per file the rows that were written after all, sorted: those are none of them.
     """
     tries: Tries = {}
-    for name in storage.sizes(ATTEMPTS):
+    for name in _notes(storage):
         noted = storage.get_json(name)
         for batch in noted if isinstance(noted, list) else ():
             for file, ranges in batch["files"].items():
@@ -90,5 +95,9 @@ def read_attempts(storage: Storage, finished: Mapping[str, np.ndarray]) -> Tries
 
 
 def forget_attempts(storage: Storage) -> None:
-    """Remove all notes: the job is finished."""
-    storage.remove_all(storage.sizes(ATTEMPTS))
+    """Remove all notes: the job is finished. What has another name is somebody else's."""
+    storage.remove_all(_notes(storage))
+
+
+def _notes(storage: Storage) -> list[str]:
+    return [name for name in storage.sizes(ATTEMPTS) if re.fullmatch(ATTEMPT_NAMES, name.removeprefix(f"{ATTEMPTS}/"))]

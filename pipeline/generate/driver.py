@@ -187,7 +187,7 @@ def _warn_of_mixing(config: GenerateConfig, earlier: list[Session], tracker: Nul
 def _work(job: _Job, finished: Finished, monitor: Monitor) -> None:
     """Run what is left through replicas."""
     from sere.pipeline.generate.dispatch.dispatcher import Dispatcher
-    from sere.pipeline.generate.dispatch.remaining import Split, left_of
+    from sere.pipeline.generate.dispatch.remaining import Split, left_of, read
 
     config, source, parts = job.config, job.source, job.parts
     session = f"s{monitor.session.number:04d}-{job.folder.token}"
@@ -195,7 +195,7 @@ def _work(job: _Job, finished: Finished, monitor: Monitor) -> None:
     given_up = iter(range(10**6))
 
     def give_up(rows: Rows, why: str) -> None:
-        table = rows.read()
+        table = read(rows)
         answers = [(0, row, Answer(error=why)) for row in range(len(table))]
         name = f"{session}-driver-{next(given_up):06d}"
         parts.write(name, answer_table(answers, {0: table}, source.schema, config.id_column))

@@ -7,6 +7,8 @@ from typing import Any
 
 from sere.pipeline.generate.dispatch.work import Batch, Rows
 
+_END_S = 5.0
+
 
 class ReadAhead:
     """Use as a context manager: it reads while it is open."""
@@ -35,6 +37,8 @@ class ReadAhead:
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
+        # Whoever ends Ray next must not meet a thread that would start it again.
+        self._thread.join(timeout=_END_S)
 
     def _read(self) -> None:
         try:

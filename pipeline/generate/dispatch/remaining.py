@@ -5,9 +5,10 @@ from typing import Any
 
 import pyarrow as pa
 
+from sere.conf.errors import ConfigError, TryAgainError
 from sere.pipeline.generate.attempts import Tries
 from sere.pipeline.generate.dispatch.again import split_by_tries
-from sere.pipeline.generate.dispatch.work import Batch, Rows, joined
+from sere.pipeline.generate.dispatch.work import Batch, Rows, joined, reason
 from sere.pipeline.generate.parts import KEY, Parts
 
 
@@ -21,18 +22,53 @@ def left_of(parts: Parts, replica: str, batches: Sequence[Rows]) -> tuple[int, l
 
     Returns:
         Number of rows in its parts, and for each batch the rows that are in none of them.
+
+    Raises:
+        TryAgainError: if parts cannot be read, or rows were lost with their node.
     """
     import ray
 
-    take_out = ray.remote(num_cpus=0.5, num_returns=2 + len(batches))(_take_out)
+    # It takes no core: all that are left may be held by tasks that read, and wait for rows to be taken.
+    take_out = ray.remote(num_cpus=0, num_returns=2 + len(batches))(_take_out)
     spans, blocks = [rows.arguments()[0] for rows in batches], [block for rows in batches for block in rows.arguments()[1]]
     num_written, lengths, *tables = take_out.remote(parts, replica, spans, *blocks)
-    lengths = ray.get(lengths)
+    num_written, lengths = found(num_written), found(lengths)
     left = [
         rows if length == len(rows) else Rows(((table, 0, length),) if length else ())
         for rows, table, length in zip(batches, tables, lengths, strict=True)
     ]
-    return ray.get(num_written), left
+    return num_written, left
+
+
+def read(rows: Rows) -> pa.Table:
+    """The rows themselves, in this process.
+
+    Raises:
+        TryAgainError: if they were lost with their node.
+    """
+    spans, blocks = rows.arguments()
+    return joined(spans, [found(block) for block in blocks])
+
+
+def found(reference: Any) -> Any:
+    """What a reference stands for.
+
+    Raises:
+        ConfigError: what the task raised, if that is one.
+        TryAgainError: if it failed in another way, or its result is lost.
+    """
+    import ray
+
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayError as error:
+        cause = getattr(error, "cause", None)
+        if isinstance(cause, ConfigError):
+            raise cause from None
+        raise TryAgainError(
+            f"rows that were being answered cannot be read any more ({reason(error)}): run the same command again; what is "
+            "finished is kept"
+        ) from error
 
 
 def _take_out(parts: Parts, replica: str, spans: list[list[tuple[int, int]]], *blocks: pa.Table) -> tuple[Any, ...]:
@@ -67,7 +103,7 @@ class Split:
         import ray
 
         spans, blocks = rows.arguments()
-        keys = ray.get(ray.remote(num_cpus=0.5)(_keys).remote(spans, *blocks))
+        keys = found(ray.remote(num_cpus=0)(_keys).remote(spans, *blocks))
         batches = split_by_tries(rows, keys, self._tries, max_retries=self._max_retries)
         self._num_awaited -= sum(len(batch.rows) for batch in batches if batch.num_tries)
         return batches

@@ -36,13 +36,6 @@ class Rows:
         """For a call of an actor: where the rows are in the tables, and the tables, which Ray brings to it."""
         return [(offset, length) for _, offset, length in self.pieces], [block for block, _, _ in self.pieces]
 
-    def read(self) -> pa.Table:
-        """The rows themselves, in this process."""
-        import ray
-
-        spans, blocks = self.arguments()
-        return joined(spans, ray.get(blocks))
-
 
 def joined(spans: Iterable[tuple[int, int]], tables: Iterable[pa.Table]) -> pa.Table:
     """The rows of `Rows.arguments`, where its references have become tables."""

@@ -3,15 +3,18 @@
 An engine's own processes outlive a killed replica, and would keep its GPU's memory from the replica that takes its place.
 """
 
+import contextlib
 import shutil
 import sys
 import time
+from pathlib import Path
 
 import psutil
 
 
 def watch(pid: int, scratch: str) -> None:
-    """Follow a process until it is gone, then kill what it had started and remove its folder."""
+    """Follow a process until it is gone, then kill what it had started and remove its folder, but for a log: that may be all
+    that says why."""
     try:
         parent = psutil.Process(pid)
     except psutil.NoSuchProcess:
@@ -33,7 +36,13 @@ def watch(pid: int, scratch: str) -> None:
                 child.kill()
         except psutil.NoSuchProcess:
             continue
-    shutil.rmtree(scratch, ignore_errors=True)
+    for path in Path(scratch).iterdir() if Path(scratch).is_dir() else ():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.suffix != ".log":
+            path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        Path(scratch).rmdir()
 
 
 if __name__ == "__main__":

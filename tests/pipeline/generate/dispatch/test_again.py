@@ -1,5 +1,6 @@
 """How rows are tried again: a row that kills is found, and no other is given up."""
 
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
 import numpy as np
@@ -120,6 +121,17 @@ def test_rows_that_were_written_are_nobodys_fault(tmp_path):
     attempts.begin(0, pa.concat_tables([rows_of([3, 4, 5, 9]), rows_of([1], "g")]), 2, alone=False)
     found = read_attempts(storage, {"f": np.array([0, 4, 9]), "g": np.array([1])})
     assert found == {"f": {3: Tried(3, 0), 5: Tried(3, 0)}}
+
+
+def test_batches_that_begin_at_once_are_all_noted(tmp_path):
+    storage = Storage(str(tmp_path))
+    storage.put("attempts/mine.txt", b"mine")
+    attempts = Attempts(storage, "s0001-ab-r0000")
+    with ThreadPoolExecutor(16) as threads:
+        list(threads.map(lambda number: attempts.begin(number, rows_of([number]), 0, alone=False), range(64)))
+    assert set(read_attempts(storage, {})["f"]) == set(range(64))
+    forget_attempts(storage)
+    assert list(storage.sizes("attempts")) == ["attempts/mine.txt"], "of another name, so somebody else's"
 
 
 def test_damaged_notes_are_none(tmp_path):

@@ -13,7 +13,7 @@ import pytest
 from sere.conf.errors import ConfigError, TryAgainError
 from sere.pipeline.generate.attempts import Tried
 from sere.pipeline.generate.dispatch.dispatcher import Dispatcher
-from sere.pipeline.generate.dispatch.remaining import Split, left_of
+from sere.pipeline.generate.dispatch.remaining import Split, left_of, read
 from sere.pipeline.generate.dispatch.work import Rows, cut, joined
 from sere.pipeline.generate.parts import Parts
 from sere.pipeline.generate.replica.answers import Answer, answer_table
@@ -109,7 +109,7 @@ def job(local_ray, tmp_path):
             return name, actor.remote(name, parts, checkpoint_rows, error)
 
         def give_up(rows, why):
-            table = rows.read()
+            table = read(rows)
             answers = [(0, row, Answer(error=why)) for row in range(len(table))]
             parts.write(f"driver-{time.time_ns()}", answer_table(answers, {0: table}, SCHEMA, "id"))
 

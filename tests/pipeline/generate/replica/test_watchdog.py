@@ -30,10 +30,19 @@ if __name__ == "__main__":
 """
 
 
-def test_children_shared_memory_and_scratch_go_with_a_killed_process(tmp_path):
+def left(folder):
+    """Names in a folder; None if it is gone."""
+    return sorted(path.name for path in folder.iterdir()) if folder.exists() else None
+
+
+@pytest.mark.parametrize("log", [None, "replica.log"])
+def test_children_shared_memory_and_scratch_go_with_a_killed_process(tmp_path, log):
     scratch = tmp_path / "scratch"
-    scratch.mkdir()
+    (scratch / "folder").mkdir(parents=True)
+    (scratch / "folder/counters").write_text("")
     (scratch / "socket").write_text("")
+    if log:
+        (scratch / log).write_text("why")
     file = tmp_path / "parent.py"
     file.write_text(PARENT)
     parent = subprocess.Popen(
@@ -46,7 +55,7 @@ def test_children_shared_memory_and_scratch_go_with_a_killed_process(tmp_path):
     parent.send_signal(signal.SIGKILL)
     parent.wait()
     deadline = time.monotonic() + 30
-    while psutil.pid_exists(int(pid)) or scratch.exists() or (Path("/dev/shm") / name).exists():
+    while psutil.pid_exists(int(pid)) or (Path("/dev/shm") / name).exists() or left(scratch) != ([log] if log else None):
         assert time.monotonic() < deadline
         time.sleep(0.2)
     with pytest.raises(FileNotFoundError):
