@@ -3,10 +3,8 @@
 import importlib.util
 import os
 import signal
-import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 # Before anything imports vLLM or Ray: engines in this process, so that tests can look inside; nothing leaves the machine.
@@ -23,6 +21,7 @@ import pytest
 from hypothesis import settings
 
 from tests.examples import FACTOR
+from tests.servers import free_port, wait_until_listening
 
 # The same cases in every run, so that what is red is the change; `make test-long` draws others, and more.
 settings.register_profile("sere", derandomize=FACTOR == 1, deadline=None, print_blob=True)
@@ -68,9 +67,7 @@ def s3_bucket():
     pytest.importorskip("s3fs", reason="s3fs is not installed")
     if importlib.util.find_spec("moto") is None:
         pytest.skip("moto is not installed")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     server = subprocess.Popen(
         [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
         stdout=subprocess.DEVNULL,
@@ -82,12 +79,7 @@ def s3_bucket():
             patch.setenv("AWS_ACCESS_KEY_ID", "id")
             patch.setenv("AWS_SECRET_ACCESS_KEY", "hunter2")
             patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-            for _ in range(300):
-                with socket.socket() as probe:
-                    if probe.connect_ex(("127.0.0.1", port)) == 0:
-                        break
-                assert server.poll() is None, "the S3 server does not start"
-                time.sleep(0.1)
+            wait_until_listening(server, port)
             import fsspec
 
             fsspec.filesystem("s3").mkdir("runs")

@@ -21,6 +21,7 @@ from sere.ops.similarity import SimilarityArtifact
 from sere.pipeline.tracking.registry import alias_version, promote, resolve_artifact
 from sere.pipeline.tracking.tracker import resume, track
 from tests.calibration_jobs.publish.artifacts import artifact
+from tests.servers import free_port
 
 # MLflow makes a new data base in each, and its server starts.
 pytestmark = pytest.mark.slow
@@ -30,9 +31,7 @@ pytestmark = pytest.mark.slow
 def server(tmp_path_factory):
     """A real MLflow server on a port of the loopback interface."""
     folder = tmp_path_factory.mktemp("server")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     command += ["--backend-store-uri", f"sqlite:///{folder}/ml.db", "--artifacts-destination", f"{folder}/artifacts"]
     with (folder / "log").open("w") as log:

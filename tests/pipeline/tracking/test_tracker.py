@@ -3,7 +3,6 @@
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -19,6 +18,7 @@ from sere.pipeline.tracking.circumstances import CIRCUMSTANCES
 from sere.pipeline.tracking.registry import promote, resolve_artifact
 from sere.pipeline.tracking.runs import download_file, read_history, read_runs
 from sere.pipeline.tracking.tracker import NullTracker, track
+from tests.servers import free_port, wait_until_listening
 
 
 @pytest.fixture
@@ -168,9 +168,7 @@ def test_long_params_are_kept_up_to_the_limit_of_mlflow(tracking):
 
 @pytest.mark.slow
 def test_a_password_in_the_address_of_a_server_is_not_printed(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     server = subprocess.Popen(
         [*command, "--backend-store-uri", f"sqlite:///{tmp_path}/ml.db", "--default-artifact-root", str(tmp_path)],
@@ -179,12 +177,7 @@ def test_a_password_in_the_address_of_a_server_is_not_printed(tmp_path):
         start_new_session=True,
     )
     try:
-        for _ in range(1200):
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            assert server.poll() is None, "the server does not start"
-            time.sleep(0.1)
+        wait_until_listening(server, port)
         code = f"""
 from sere.conf.schema import TrackingConfig
 from sere.pipeline.tracking.tracker import track
