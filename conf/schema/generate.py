@@ -69,11 +69,14 @@ class GenerateConfig:
     experts (docs/generation.md)."""
     preserve_order: bool = False
     """Results in the input's order, written at the end; false: in the order of finishing, which saves writing them twice."""
-    checkpoint_rows: int = 256
-    """At most so many finished rows of a replica are done again after a driver's death: it writes them when they are half as
-    many."""
+    part_mib: float = 32
+    """Size of the files of results (MiB). Finished rows are written when they make one, or sooner, as the next two keys say;
+    small files become larger ones at the end."""
     checkpoint_interval_s: float = 60
-    """Finished rows wait no longer than this (seconds) to be written."""
+    """Finished rows wait no longer than this (seconds) to be written: what is done again after a driver's death."""
+    checkpoint_rows: int | None = None
+    """At most so many finished rows of a replica are done again after a driver's death: it writes them when they are half as
+    many. null: as many as there are."""
     max_retries: int = 3
     """Times rows are tried again after their replica died. Then they have a replica to themselves, by halves, until the row is
     found that kills it: that one is reported as an error."""
@@ -98,13 +101,14 @@ class GenerateConfig:
 
     def __post_init__(self) -> None:
         one_of(self, "data_format")
-        at_least(self, 1, "batch_size", "concurrent_batches", "checkpoint_rows")
+        at_least(self, 1, "batch_size", "concurrent_batches")
         at_least(self, 0, "max_retries")
-        if self.num_rows is not None:
-            at_least(self, 1, "num_rows")
+        for name in ("num_rows", "checkpoint_rows"):
+            if getattr(self, name) is not None:
+                at_least(self, 1, name)
         if not 0 <= self.max_error_ratio <= 1:
             raise ConfigError(f"max_error_ratio must be between 0 and 1, got {self.max_error_ratio}")
-        for name in ("checkpoint_interval_s", "stall_timeout_s"):
+        for name in ("checkpoint_interval_s", "stall_timeout_s", "part_mib"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"{name} must be above 0, got {getattr(self, name)}")
         if self.template is not None and self.messages_column is not None:

@@ -5,13 +5,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sere.conf.errors import ConfigError
+from sere.pipeline.evaluate.scorers import SCORES_FILE
 
 if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
 
-SCORES_FILE = "scores.parquet"
-"""Artifact of a generate run: `source_file`, `source_row`, `task` and `hit` of each row."""
 _KEYS = ["source_file", "source_row"]
 _NUM_RESAMPLES = 10_000
 

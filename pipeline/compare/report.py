@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sere.conf.errors import ConfigError
-from sere.pipeline.compare.losses import SCORES_FILE, Loss, loss_of, read_scores
+from sere.pipeline.compare.losses import Loss, loss_of, read_scores
 from sere.pipeline.compare.page import write_report
 from sere.pipeline.compare.pareto import OBJECTIVES, Group, recommend, with_fronts
 from sere.pipeline.compare.runs import Row, difference, groups_of, rows_of
 from sere.pipeline.compare.table import make_figure, make_table, make_task_table, write_csv
+from sere.pipeline.evaluate.scorers import SCORES_FILE
 from sere.pipeline.tracking.runs import download_file, read_history, read_runs
 
 if TYPE_CHECKING:

@@ -59,7 +59,10 @@ def read_file(source: Source, index: int, *, rows_per_table: int, skip: np.ndarr
             table = table.slice(0, file.num_rows - start)
             positions = np.arange(start, start + len(table))
             start += len(table)
-            keep = np.ones(len(table), bool) if skip is None else ~np.isin(positions, skip, assume_unique=True)
+            keep = np.ones(len(table), bool)
+            if skip is not None:
+                first, last = np.searchsorted(skip, (start - len(table), start))
+                keep[skip[first:last] - (start - len(table))] = False
             if keep.any():
                 columns = [fit(table, field) for field in source.schema]
                 names = pa.array([file.name], pa.string()).take(pa.array(np.zeros(len(table), np.int64)))

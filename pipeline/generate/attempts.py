@@ -57,7 +57,7 @@ class Attempts:
             self._storage.put_json(self._name, list(self._batches.values()))
 
     def end(self, number: int) -> None:
-        """A batch is in parts; the next `begin` writes that down."""
+        """A batch is answered; the next `begin` writes that down."""
         self._batches.pop(number, None)
 
     def forget(self) -> None:

@@ -6,6 +6,7 @@ from sere.conf.errors import ConfigError
 from sere.conf.masking import mask_uri
 from sere.conf.schema import GenerateConfig
 from sere.pipeline.data.source import FILE_NUMBER, PROBLEM, InputSpec
+from sere.pipeline.evaluate.scorers import EXACT_MATCH
 from sere.pipeline.generate.replica.answers import RESULT_SCHEMA
 
 
@@ -21,6 +22,11 @@ def input_spec(config: GenerateConfig) -> InputSpec:
         # Otherwise the prompt is made of other columns.
         checks_text=config.template is None and config.messages_column is None,
     )
+
+
+def references_of(config: GenerateConfig, schema: pa.Schema) -> str:
+    """The column of references that answers are scored against; "" where the input has none."""
+    return config.reference_column if config.reference_column in schema.names else ""
 
 
 def check_columns(config: GenerateConfig, schema: pa.Schema) -> None:
@@ -41,8 +47,9 @@ def check_columns(config: GenerateConfig, schema: pa.Schema) -> None:
     for key, column in wanted.items():
         if column is not None and column not in schema.names:
             raise ConfigError(f"{shown} has no column {column!r} (there: {', '.join(schema.names)}): set {key}")
+    made = {*RESULT_SCHEMA.names, PROBLEM, FILE_NUMBER, *([EXACT_MATCH] if references_of(config, schema) else [])}
     for name in schema.names:
-        if name in RESULT_SCHEMA.names or name in (PROBLEM, FILE_NUMBER):
+        if name in made:
             raise ConfigError(f"{shown} has a column {name!r}, which the result would overwrite: rename it")
         if schema.names.count(name) > 1:
             raise ConfigError(f"{shown} has two columns {name!r}: rename one")

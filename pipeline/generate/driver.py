@@ -17,7 +17,7 @@ from sere.conf.schema import GenerateConfig
 from sere.pipeline.data.scan import scan_known
 from sere.pipeline.data.source import Source
 from sere.pipeline.generate.attempts import read_attempts
-from sere.pipeline.generate.columns import check_columns, input_spec
+from sere.pipeline.generate.columns import check_columns, input_spec, references_of
 from sere.pipeline.generate.dispatch.work import Rows
 from sere.pipeline.generate.finish import finish, finish_settings
 from sere.pipeline.generate.identity import (
@@ -198,7 +198,8 @@ def _work(job: _Job, finished: Finished, monitor: Monitor) -> None:
         table = read(rows)
         answers = [(0, row, Answer(error=why)) for row in range(len(table))]
         name = f"{session}-driver-{next(given_up):06d}"
-        parts.write(name, answer_table(answers, {0: table}, source.schema, config.id_column))
+        references = references_of(config, source.schema)
+        parts.write(name, answer_table(answers, {0: table}, source.schema, config.id_column, references))
 
     dispatcher = Dispatcher(
         starter.start,

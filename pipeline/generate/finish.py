@@ -1,28 +1,31 @@
 """The end of a generate job: nothing missing, nothing twice, in order if asked; figures of all parts together."""
 
-import functools
+import io
 import logging
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from sere.conf.errors import TryAgainError
 from sere.conf.schema import GenerateConfig
-from sere.pipeline.data.source import FILE_NUMBER, Source
-from sere.pipeline.evaluate.scorers import exact_match, score
+from sere.pipeline.data.source import Source
+from sere.pipeline.evaluate.scorers import EXACT_MATCH, SCORES_FILE, Scores, with_scores
+from sere.pipeline.generate.arrange import arrange, failed_rows
 from sere.pipeline.generate.attempts import forget_attempts
+from sere.pipeline.generate.columns import references_of
+from sere.pipeline.generate.identity import ERRORS
 from sere.pipeline.generate.monitor import check_errors
-from sere.pipeline.generate.parts import Parts, to_parquet
+from sere.pipeline.generate.parts import KEY, Parts, to_parquet
 from sere.pipeline.generate.record import Session, read_sessions, write_manifest
+from sere.pipeline.generate.replica.answers import result_schema
 from sere.pipeline.runtime.job_folder import JobFolder
 from sere.pipeline.tracking.tracker import NullTracker
 
 _log = logging.getLogger(__name__)
-_ORDERED_ROWS = 100_000
 
 
 def finish_settings(config: GenerateConfig) -> dict[str, Any]:
@@ -62,44 +65,61 @@ def finish(
         )
     if finished.num_duplicates:
         _log.warning("%d rows had been answered twice; one answer of each is kept", finished.num_duplicates)
-    before = names = parts.names()
-    if config.preserve_order and not is_ordered:
-        names = _put_in_order(source, folder, parts, before, num_rows=finished.num_rows)
-    scores, errors, sums = [], [], {"prompt_tokens": 0}
-    for table in parts.read_all(names):
-        folder.check()
-        scores.append(score(table, reference_column=config.reference_column, task_column=config.task_column))
-        errors.append(table.filter(pc.is_valid(table["error"])))
-        sums["prompt_tokens"] += pc.sum(table["num_prompt_tokens"]).as_py() or 0
-    failed = pa.concat_tables(errors)
-    parts.storage.put("errors.parquet", to_parquet(failed))
-    first, where = failed["error"][:3].to_pylist(), parts.storage.shown
+    assert source.schema is not None
+    references = references_of(config, source.schema)
+    arranged = arrange(config, source, folder, parts, finished, references=references, is_ordered=is_ordered)
+    empty = with_scores(result_schema(source.schema, config.id_column).empty_table(), references)
+    first = _write_errors(parts, failed_rows(parts, arranged, folder), empty)
     # Also where the driver that saw it is gone.
-    check_errors(config, num_rows=finished.num_rows, num_errors=finished.num_errors, first=first, where=where)
+    check_errors(config, num_rows=finished.num_rows, num_errors=finished.num_errors, first=first, where=parts.storage.shown)
     sessions = read_sessions(parts.storage)
-    all_scores = pa.concat_tables(scores)
     metrics = {
         "num_rows": finished.num_rows,
         "num_errors": finished.num_errors,
-        **sums,
+        "prompt_tokens": finished.prompt_tokens,
         "generated_tokens": finished.generated_tokens,
         "mean_generated_tokens": finished.generated_tokens / max(1, finished.num_rows - finished.num_errors),
         **_speed(sessions),
-        **exact_match(all_scores),
+        **(_exact_match(config, folder, parts, list(arranged), tracker) if references else {}),
         **_counters(sessions, tracker),
     }
     tracker.log_metrics(metrics)
-    with tempfile.TemporaryDirectory(prefix="sere-") as scratch:
-        file = Path(scratch) / "scores.parquet"
-        file.write_bytes(to_parquet(all_scores))
-        tracker.log_file(file)
     parts.storage.put_json("summary.json", metrics)
     tracker.log_values(metrics, "summary.json")
     folder.check(now=True)
-    write_manifest(parts, {"metrics": metrics, "finish": finish_settings(config)}, names)
-    parts.storage.remove_all(sorted(set(before) - set(names)))
+    write_manifest(parts, {"metrics": metrics, "finish": finish_settings(config)}, arranged)
+    parts.storage.remove_all(sorted(set(finished.parts) - set(arranged)))
     forget_attempts(parts.storage)
     return metrics
+
+
+def _write_errors(parts: Parts, failed: Iterable[pa.Table], empty: pa.Table) -> list[str]:
+    """Write the rows that have errors to a file of their own, be there any or not; returns the first errors."""
+    first: list[str] = []
+    content, writer = io.BytesIO(), None
+    for table in failed:
+        first += table["error"].slice(0, 3 - len(first)).to_pylist()
+        writer = writer or pq.ParquetWriter(content, table.schema, compression="zstd")
+        writer.write_table(table.cast(writer.schema))
+    if writer is not None:
+        writer.close()
+    parts.storage.put(ERRORS, content.getvalue() or to_parquet(empty))
+    return first
+
+
+def _exact_match(
+    config: GenerateConfig, folder: JobFolder, parts: Parts, names: list[str], tracker: NullTracker
+) -> dict[str, float]:
+    """Record every row's score, and return their averages; only small columns of the results are read."""
+    with tempfile.TemporaryDirectory(prefix="sere-") as scratch:
+        file = Path(scratch) / SCORES_FILE
+        scores = Scores(file, config.task_column)
+        for table in parts.read_all(names, [*KEY, EXACT_MATCH, config.task_column]):
+            folder.check()
+            scores.add(table)
+        found = scores.close()
+        tracker.log_file(file)
+    return found
 
 
 def _speed(sessions: list[Session]) -> dict[str, float]:
@@ -134,37 +154,3 @@ def _counters(sessions: list[Session], tracker: NullTracker) -> dict[str, float]
         values |= {f"layer/{name}": layer.counts[name] for name in ("rerouted_slots", "critical_slots")}
         tracker.log_metrics(values, step=layer.layer)
     return summarize(layers)
-
-
-def _put_in_order(source: Source, folder: JobFolder, parts: Parts, before: list[str], *, num_rows: int) -> list[str]:
-    """Write the parts once more in the input's order, beside the others; returns the new ones' names.
-
-    Raises:
-        TryAgainError: if it is not as many rows that were written.
-    """
-    import ray.data
-
-    places = {file.name: number for number, file in enumerate(source.files)}
-    read = functools.partial(_read_part, parts=parts, places=places)
-    names = ray.data.from_items([{"name": name} for name in before], override_num_blocks=len(before))
-    rows = names.map_batches(read, batch_size=1, num_cpus=0.5).sort([FILE_NUMBER, "source_row"])
-    prefix, num_written = f"ordered-{folder.token}-", 0
-    for number, table in enumerate(rows.iter_batches(batch_size=_ORDERED_ROWS, batch_format="pyarrow")):
-        folder.check()
-        parts.write(f"{prefix}{number:06d}", table.drop_columns([FILE_NUMBER]))
-        num_written += len(table)
-    written = parts.names(prefix)
-    counted = sum(len(table) for table in parts.read_all(written, ["source_row"]))
-    if not num_rows == num_written == counted:
-        raise TryAgainError(
-            f"{parts.storage.shown}: of {num_rows} rows to be put in order {num_written} were written and {counted} are there. "
-            "Nothing was removed: run the same command again"
-        )
-    return written
-
-
-def _read_part(batch: dict[str, Any], *, parts: Parts, places: dict[str, int]) -> Iterator[pa.Table]:
-    for name in batch["name"]:
-        table = parts.read(str(name))
-        numbers = [places[file] for file in table["source_file"].to_pylist()]
-        yield table.append_column(FILE_NUMBER, pa.array(numbers, pa.int64()))

@@ -22,13 +22,15 @@ SIMILARITY = "similarity.safetensors"
 MANIFEST = "manifest.json"
 INPUT = "described.json"
 """What is known of the input's files: those that are unchanged are not read again to describe them."""
+ERRORS = "errors.parquet"
+"""A copy of the results that have an error; not there without any."""
 SESSIONS = "sessions"
 LOGS = "logs"
 SESSION_NAMES = r"\d+\.json"
 GENERATE = JobKind(
     name="generate",
     finished=MANIFEST,
-    files=(INPUT, "run.json", "errors.parquet", "summary.json", SIMILARITY),
+    files=(INPUT, "run.json", ERRORS, "summary.json", SIMILARITY),
     results=RESULTS,
     folders={RESULTS: PART_NAMES, SESSIONS: SESSION_NAMES, ATTEMPTS: ATTEMPT_NAMES, LOGS: r"s\d+(-[0-9a-f]+)?-r\d+\.log"},
     settings_of_0_1=frozenset({"model_digest", "batch_size", "sampling.max_tokens"}),
@@ -44,6 +46,7 @@ _FREE = (
     "storage_options",
     "tracking",
     "preserve_order",
+    "part_mib",
     "checkpoint_rows",
     "checkpoint_interval_s",
     "max_retries",

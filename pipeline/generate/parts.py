@@ -8,7 +8,7 @@ order of names. A part is damaged only if all of its bytes were read and are no 
 
 import io
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -19,6 +19,8 @@ import pyarrow.parquet as pq
 
 from sere.conf.errors import ConfigError, TryAgainError
 from sere.pipeline.data.source import PLACE
+from sere.pipeline.evaluate.scorers import SCORED
+from sere.pipeline.runtime.retries import patiently
 from sere.pipeline.runtime.storage import Storage
 
 RESULTS = "results"
@@ -33,6 +35,18 @@ _THREADS = 16
 _log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class PartFacts:
+    """What is known of a part without reading its rows."""
+
+    size: int
+    """Bytes."""
+    num_rows: int
+    num_errors: int
+    reference: str
+    """Column that its rows were scored against; "" where they were not."""
+
+
 @dataclass
 class Finished:
     """The rows that are in the parts; `Parts.scan` fills it."""
@@ -41,9 +55,27 @@ class Finished:
     """Per source file the finished positions, sorted."""
     num_rows: int = 0
     num_errors: int = 0
+    prompt_tokens: int = 0
     generated_tokens: int = 0
     num_duplicates: int = 0
     """Answers beside the one that was kept of their row."""
+    parts: dict[str, PartFacts] = field(default_factory=dict)
+    """By name, in order."""
+
+
+@dataclass(frozen=True)
+class _Keys:
+    """What a scan keeps of a part."""
+
+    facts: PartFacts
+    places: dict[str, np.ndarray]
+    """Per source file the positions, in the order of the rows."""
+    numbers: dict[str, np.ndarray]
+    """Numbers of the rows of those."""
+    error: np.ndarray
+    """Whether a row has one."""
+    prompt_tokens: int
+    generated_tokens: int
 
 
 class Parts:
@@ -59,9 +91,11 @@ class Parts:
         self.storage = storage
         self.digest = digest
 
-    def write(self, name: str, table: pa.Table) -> None:
-        """Write `results/part-NAME.parquet`."""
-        self.storage.put(f"{_PART}{name}.parquet", to_parquet(table, self.digest))
+    def write(self, name: str, table: pa.Table) -> tuple[str, int]:
+        """Write `results/part-NAME.parquet`; returns that, and its size in bytes."""
+        whole, content = f"{_PART}{name}.parquet", to_parquet(table, self.digest)
+        self.storage.put(whole, content)
+        return whole, len(content)
 
     def names(self, prefix: str = "") -> list[str]:
         """The parts whose name begins so."""
@@ -90,6 +124,21 @@ class Parts:
             for start in range(0, len(names), _THREADS):
                 yield from threads.map(lambda name: self.read(name, columns), names[start : start + _THREADS])
 
+    def count(self, names: Iterable[str]) -> int:
+        """Rows of several parts, by what the storage holds of them."""
+
+        def rows(name: str) -> int:
+            with self.storage.filesystem.open(self.storage.locate(name), "rb", cache_type="none") as opened:
+                return pq.read_metadata(opened).num_rows
+
+        def patiently_rows(name: str) -> int:
+            return patiently(lambda: rows(name), what=f"{self.storage.shown}/{name}")
+
+        # A new look: other processes have written them.
+        there = self.storage.sizes(RESULTS)
+        with ThreadPoolExecutor(_THREADS) as threads:
+            return sum(threads.map(patiently_rows, [name for name in names if name in there]))
+
     def scan(self, *, errors_count: bool = True) -> Finished:
         """Which rows are finished. Damaged parts are moved aside; of several answers to a row all but one are taken out.
 
@@ -103,35 +152,43 @@ class Parts:
         while True:
             sizes = {name: size for name, size in self.storage.sizes(RESULTS).items() if name.startswith(_PART)}
             with ThreadPoolExecutor(_THREADS) as threads:
-                found = dict(zip(sizes, threads.map(self._keys, sizes, sizes.values()), strict=True))
-            tables = {name: table for name, table in found.items() if table is not None}
-            for name in sorted(set(found) - set(tables)):
+                looked = dict(zip(sizes, threads.map(self._keys, sizes, sizes.values()), strict=True))
+            found = {name: keys for name, keys in looked.items() if keys is not None}
+            for name in sorted(set(looked) - set(found)):
                 aside = self.storage.set_aside(name)
                 _log.warning(
                     "%s is no parquet file: it is kept as %s, and its rows are done again", self.storage.locate(name), aside
                 )
-            finished, twice = _merge(tables, errors_count=errors_count)
+            finished, twice = _merge(found, errors_count=errors_count)
             if not twice:
                 finished.num_duplicates = num_duplicates
                 return finished
             for name, rows in twice.items():
                 num_duplicates += len(rows)
-                self._take_out(name, rows, len(tables[name]))
+                self._take_out(name, rows, found[name].facts.num_rows)
 
-    def _keys(self, name: str, size: int) -> pa.Table | None:
+    def _keys(self, name: str, size: int) -> _Keys | None:
         """What a scan needs of a part; None if it is damaged."""
-        columns = [*KEY, "error", "num_generated_tokens"]
+        columns = [*KEY, "error", "num_prompt_tokens", "num_generated_tokens"]
         try:
-            with self.storage.filesystem.open(self.storage.locate(name), "rb") as opened:
-                table = pq.read_table(opened, columns=columns)
+            # The few bytes that these columns are, in few requests.
+            with self.storage.filesystem.open(self.storage.locate(name), "rb", cache_type="none") as opened:
+                table = pq.read_table(opened, columns=columns, read_dictionary=["source_file"], pre_buffer=True)
         except Exception:
             # A storage that fails and a damaged file look alike here: only all of its bytes tell.
             table = self._read_whole(name, size, columns)
         if table is None or not set(columns) <= set(table.column_names):
             return None
-        if (table.schema.metadata or {}).get(_OWNER, b"").decode() != self.digest:
+        metadata = table.schema.metadata or {}
+        if metadata.get(_OWNER, b"").decode() != self.digest:
             raise ConfigError(f"{self.storage.shown}/{name} belongs to another job: move it away")
-        return table
+        error = table["error"].is_valid().to_numpy()
+        return _Keys(
+            PartFacts(size, len(table), int(error.sum()), metadata.get(SCORED, b"").decode()),
+            *_by_file(table),
+            error,
+            *(pc.sum(table[column]).as_py() or 0 for column in columns[-2:]),
+        )
 
     def _read_whole(self, name: str, size: int, columns: list[str]) -> pa.Table | None:
         """A part from memory; None if its bytes are no parquet.
@@ -153,7 +210,7 @@ class Parts:
                 "when the storage answers"
             )
         try:
-            return pq.read_table(io.BytesIO(content), columns=columns)
+            return pq.read_table(io.BytesIO(content), columns=columns, read_dictionary=["source_file"])
         except (pa.ArrowException, OSError, KeyError):
             return None
 
@@ -171,36 +228,65 @@ class Parts:
             self.storage.remove(name)
 
 
-def _merge(tables: dict[str, pa.Table], *, errors_count: bool) -> tuple[Finished, dict[str, np.ndarray]]:
+def _by_file(table: pa.Table) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Positions of a part's rows, and their numbers in it, by source file."""
+    files, positions = table["source_file"].unify_dictionaries().combine_chunks(), table["source_row"].to_numpy()
+    if not len(table):
+        return {}, {}
+    # A column of one file after the other is in order as it is, and sorted in no time.
+    codes = files.indices.to_numpy()
+    order = np.argsort(codes, kind="stable")
+    present, starts = np.unique(codes[order], return_index=True)
+    names = files.dictionary.take(pa.array(present)).to_pylist()
+    groups = np.split(order, starts[1:])
+    return {name: positions[group] for name, group in zip(names, groups, strict=True)}, dict(zip(names, groups, strict=True))
+
+
+def _merge(parts: dict[str, _Keys], *, errors_count: bool) -> tuple[Finished, dict[str, np.ndarray]]:
     """What the parts hold together, and per part the numbers of those of its rows that are not kept."""
-    finished = Finished()
-    if not tables:
-        return finished, {}
-    names = list(tables)
-    codes: dict[str, int] = {}
+    finished = Finished(parts={name: keys.facts for name, keys in parts.items()})
+    places: dict[str, list[np.ndarray]] = {}
+    for keys in parts.values():
+        for file, positions in keys.places.items():
+            places.setdefault(file, []).append(positions)
+    finished.rows = {file: np.sort(np.concatenate(positions)) for file, positions in places.items()}
+    again = {file: rows[1:][rows[1:] == rows[:-1]] for file, rows in finished.rows.items()}
+    if again := {file: rows for file, rows in again.items() if len(rows)}:
+        return finished, _not_kept(parts, again)
+    finished.num_errors = sum(keys.facts.num_errors for keys in parts.values())
+    finished.prompt_tokens = sum(keys.prompt_tokens for keys in parts.values())
+    finished.generated_tokens = sum(keys.generated_tokens for keys in parts.values())
+    if not errors_count:
+        for keys in parts.values():
+            for file, positions in keys.places.items() if keys.facts.num_errors else ():
+                failed = positions[keys.error[keys.numbers[file]]]
+                finished.rows[file] = np.setdiff1d(finished.rows[file], failed, assume_unique=True)
+        finished.rows = {file: rows for file, rows in finished.rows.items() if len(rows)}
+        finished.num_errors = 0
+    finished.num_rows = sum(len(rows) for rows in finished.rows.values())
+    return finished, {}
+
+
+def _not_kept(parts: dict[str, _Keys], again: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Of rows that are there more than once all but one, by part and number."""
+    codes = {file: code for code, file in enumerate(again)}
     columns: dict[str, list[np.ndarray]] = {name: [] for name in ("file", "position", "error", "owner", "number")}
-    for index, table in enumerate(tables.values()):
-        encoded = table["source_file"].combine_chunks().dictionary_encode()
-        local = np.array([codes.setdefault(value, len(codes)) for value in encoded.dictionary.to_pylist()], dtype=np.int64)
-        columns["file"].append(local[encoded.indices.to_numpy()] if len(table) else local)
-        columns["position"].append(table["source_row"].to_numpy())
-        columns["error"].append(table["error"].is_valid().to_numpy())
-        columns["owner"].append(np.full(len(table), index))
-        columns["number"].append(np.arange(len(table)))
-        finished.generated_tokens += pc.sum(table["num_generated_tokens"]).as_py() or 0
+    for owner, keys in enumerate(parts.values()):
+        for file in codes.keys() & keys.places.keys():
+            are = np.isin(keys.places[file], again[file])
+            numbers = keys.numbers[file][are]
+            columns["file"].append(np.full(len(numbers), codes[file]))
+            columns["position"].append(keys.places[file][are])
+            columns["error"].append(keys.error[numbers])
+            columns["owner"].append(np.full(len(numbers), owner))
+            columns["number"].append(numbers)
     file, position, error, owner, number = (np.concatenate(values) for values in columns.values())
     # The first of equal rows is kept.
     order = np.lexsort((number, owner, error, position, file))
-    file, position, error = file[order], position[order], error[order]
-    again = np.zeros(len(order), dtype=bool)
-    again[1:] = (file[1:] == file[:-1]) & (position[1:] == position[:-1])
-    losers = order[again]
-    twice = {names[index]: number[losers[owner[losers] == index]] for index in np.unique(owner[losers])}
-    counted = slice(None) if errors_count else ~error
-    file, position, error = file[counted], position[counted], error[counted]
-    finished.rows = {name: rows for name, code in codes.items() if len(rows := position[file == code])}
-    finished.num_rows, finished.num_errors = len(position), int(error.sum())
-    return finished, twice
+    is_same = (file[order][1:] == file[order][:-1]) & (position[order][1:] == position[order][:-1])
+    losers = order[1:][is_same]
+    names = list(parts)
+    return {names[index]: number[losers[owner[losers] == index]] for index in np.unique(owner[losers]).tolist()}
 
 
 def to_parquet(table: pa.Table, owner: str = "") -> bytes:

@@ -1,7 +1,7 @@
 """A replica: one vLLM engine, the rows it works on, and the parts it writes. A plain class; the job makes it a Ray actor.
 
-It answers rows in whatever order they finish and writes them in parts of half of `checkpoint_rows`. What it has written
-is finished, whatever happens to it or to the driver.
+It answers rows in whatever order they finish and writes them in parts of `part_mib`, sooner where `checkpoint_rows` or
+`checkpoint_interval_s` say so. What it has written is finished, whatever happens to it or to the driver.
 """
 
 import asyncio
@@ -20,6 +20,7 @@ import pyarrow as pa
 from sere.conf.errors import ConfigError
 from sere.conf.schema import RerouteConfig
 from sere.pipeline.generate.attempts import Attempts
+from sere.pipeline.generate.columns import references_of
 from sere.pipeline.generate.dispatch.work import joined
 from sere.pipeline.generate.identity import SIMILARITY
 from sere.pipeline.generate.replica.answers import Answer, answer_table
@@ -39,6 +40,10 @@ class Replica:
         self._finished: list[tuple[int, int, Answer]] = []
         self._tables: dict[int, pa.Table] = {}
         self._unwritten: dict[int, int] = {}
+        # Of a row, by table; of all that are finished; and how many bytes become one of a part.
+        self._row_bytes: dict[int, float] = {}
+        self._finished_bytes = 0.0
+        self._compression = 1.0
         self._attempts = Attempts(spec.parts.storage, spec.name)
         self._num_parts = 0
         self._last_write = time.monotonic()
@@ -122,6 +127,7 @@ class Replica:
         table = joined(spans, blocks)
         self._tables[number] = table
         self._unwritten[number] = len(table)
+        self._row_bytes[number] = table.nbytes / len(table)
         # Before the engine sees them.
         await asyncio.to_thread(self._attempts.begin, number, table, num_tries, alone=alone)
         if self._status.first_request is None:
@@ -139,6 +145,8 @@ class Replica:
             # What was finished before is not done again.
             await self.write()
             raise
+        # Whatever comes now is not these rows' fault.
+        self._attempts.end(number)
         return await self.status()
 
     async def _finish(self, number: int, index: int, request: Request, tokens: Any) -> None:
@@ -153,32 +161,39 @@ class Replica:
             if len(status.first_errors) < 3:
                 status.first_errors.append(answer.error)
         self._finished.append((number, index, answer))
-        # At half of them: others finish while these are being written.
-        if len(self._finished) >= max(1, self._spec.config.checkpoint_rows // 2):
+        self._finished_bytes += self._row_bytes[number] + len(answer.generated_text or "")
+        if self._is_part_full():
             await self.write()
+
+    def _is_part_full(self) -> bool:
+        config = self._spec.config
+        # At half of them: others finish while these are being written.
+        is_many = config.checkpoint_rows is not None and len(self._finished) >= max(1, config.checkpoint_rows // 2)
+        return is_many or self._finished_bytes >= config.part_mib * 2**20 * self._compression
 
     async def write(self) -> None:
         """Write what is finished and not yet written as a part."""
         async with self._writing:
-            rows, self._finished = self._finished, []
+            rows, self._finished, self._finished_bytes = self._finished, [], 0.0
             self._last_write = time.monotonic()
             if not rows:
                 return
-            table = answer_table(rows, self._tables, self._spec.input_schema, self._spec.config.id_column)
+            config, schema = self._spec.config, self._spec.input_schema
             try:
+                table = answer_table(rows, self._tables, schema, config.id_column, references_of(config, schema))
                 name = f"{self._spec.name}-{self._num_parts:06d}"
-                await asyncio.to_thread(self._spec.parts.write, name, table)
+                _, size = await asyncio.to_thread(self._spec.parts.write, name, table)
             except BaseException:
                 # Under the same name once more: it may be there, and not have been confirmed.
                 self._finished = rows + self._finished
                 raise
             self._num_parts += 1
+            self._compression = table.nbytes / size
             self._status.num_written += len(rows)
             for number, _, _ in rows:
                 self._unwritten[number] -= 1
                 if not self._unwritten[number]:
-                    del self._unwritten[number], self._tables[number]
-                    self._attempts.end(number)
+                    del self._unwritten[number], self._tables[number], self._row_bytes[number]
                     self._status.written.append(number)
 
     async def _write_in_time(self) -> None:

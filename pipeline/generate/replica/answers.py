@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from sere.pipeline.data.source import PLACE
+from sere.pipeline.evaluate.scorers import with_scores
 
 RESULT_SCHEMA = pa.schema(
     [
@@ -51,7 +52,11 @@ def with_ids(table: pa.Table, id_column: str) -> pa.Table:
 
 
 def answer_table(
-    rows: Sequence[tuple[int, int, Answer]], tables: Mapping[int, pa.Table], input_schema: pa.Schema, id_column: str
+    rows: Sequence[tuple[int, int, Answer]],
+    tables: Mapping[int, pa.Table],
+    input_schema: pa.Schema,
+    id_column: str,
+    references: str = "",
 ) -> pa.Table:
     """Result rows in the order of `rows`.
 
@@ -60,6 +65,7 @@ def answer_table(
         tables: By number, with the input's columns, `source_file` and `source_row`.
         input_schema: The input's columns.
         id_column: See `with_ids`.
+        references: See `with_scores`.
     """
     wanted = [*input_schema.names, "source_file", "source_row"]
     numbers = sorted({number for number, _, _ in rows})
@@ -75,7 +81,7 @@ def answer_table(
         columns[name] = pa.array([getattr(answer, name) for answer in answers], RESULT_SCHEMA.field(name).type)
     columns["error"] = pa.array([_short(answer.error) for answer in answers], pa.string())
     schema = result_schema(input_schema, id_column)
-    return pa.table([columns[name] for name in schema.names], schema=schema)
+    return with_scores(pa.table([columns[name] for name in schema.names], schema=schema), references)
 
 
 def _short(message: str | None) -> str | None:

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+from itertools import islice
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -12,11 +14,12 @@ from sere.pipeline.data.describe import describe_file
 from sere.pipeline.data.find import find_sources
 from sere.pipeline.data.read import read_file
 from sere.pipeline.data.scan import unify
+from sere.pipeline.generate import arrange as arrange_module
 from sere.pipeline.generate import finish as finish_module
 from sere.pipeline.generate.columns import input_spec
 from sere.pipeline.generate.finish import finish
 from sere.pipeline.generate.identity import GENERATE
-from sere.pipeline.generate.parts import Parts
+from sere.pipeline.generate.parts import PartFacts, Parts
 from sere.pipeline.generate.record import read_manifest, sweep
 from sere.pipeline.generate.replica.answers import Answer, answer_table
 from sere.pipeline.runtime.job_folder import JobFolder
@@ -45,7 +48,7 @@ def config(tmp_path):
 
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setattr(finish_module, "_ORDERED_ROWS", 5)
+    monkeypatch.setattr(arrange_module, "_rows_per_part", lambda finished, target: 5)
 
 
 class Job:
@@ -66,28 +69,29 @@ class Job:
                         zip(some["prompt"].to_pylist(), some["source_row"].to_pylist(), strict=True)
                     )
                 ]
-                answers = answer_table(list(reversed(rows)), {0: some}, self.source.schema, "id")
+                # One part as an earlier version wrote them, unscored.
+                references = "reference" if start else ""
+                answers = answer_table(list(reversed(rows)), {0: some}, self.source.schema, "id", references)
                 parts.write(f"s0001-ab-r0000-{99 - start:06d}", answers)
 
     def open(self):
         return JobFolder(Storage(self.config.output), GENERATE, {"a": 1}, overwrite=False)
 
-    def finish(self, **changes):
+    def finish(self, *, is_ordered=False, **changes):
         config = dataclasses.replace(self.config, **changes)
         with self.open() as folder:
-            return finish(config, self.source, folder, Parts(folder.storage, folder.digest), NullTracker())
+            parts = Parts(folder.storage, folder.digest)
+            return finish(config, self.source, folder, parts, NullTracker(), is_ordered=is_ordered)
 
-    def results(self):
-        """Rows of the files that the manifest names, in order; and whether there are others."""
+    def results(self, column="source_row"):
+        """A column of the files that the manifest names, in order; and whether there are others."""
         with self.open() as folder:
             parts = Parts(folder.storage, folder.digest)
             manifest = read_manifest(parts)
             assert manifest is not None
             sweep(parts, manifest)
             assert list(parts.storage.sizes("results")) == sorted(manifest["files"])
-            return [
-                row["source_row"] for name in manifest["files"] for row in pq.read_table(parts.storage.locate(name)).to_pylist()
-            ]
+            return [row[column] for name in manifest["files"] for row in pq.read_table(parts.storage.locate(name)).to_pylist()]
 
 
 def test_figures_and_order(config, small):
@@ -96,11 +100,24 @@ def test_figures_and_order(config, small):
     assert (metrics["num_rows"], metrics["num_errors"]) == (NUM_ROWS, 1)
     assert metrics["exact_match"] == pytest.approx((NUM_ROWS - 1) / NUM_ROWS)
     assert sorted(job.results()) == list(range(NUM_ROWS)) != job.results()
+    assert len(Storage(config.output).sizes("results")) == 1, "small files become one"
+    assert dict(zip(job.results(), job.results("exact_match"), strict=True)) == {row: row != 3 for row in range(NUM_ROWS)}
     # Other figures, and another order, of the same answers.
     metrics = job.finish(reference_column="other", preserve_order=True)
     assert metrics["exact_match"] == pytest.approx(1 / NUM_ROWS)
     assert job.results() == list(range(NUM_ROWS))
     assert len(Storage(config.output).sizes("results")) == 5
+    assert job.results("exact_match") == [row == 1 for row in range(NUM_ROWS)]
+    before = Storage(config.output).sizes("results")
+    job.finish(is_ordered=True, reference_column="other", preserve_order=True)
+    assert Storage(config.output).sizes("results") == before, "nothing is written again without need"
+    metrics = job.finish(is_ordered=True, preserve_order=True)
+    assert metrics["exact_match"] == pytest.approx((NUM_ROWS - 1) / NUM_ROWS)
+    assert job.results() == list(range(NUM_ROWS)) and job.results("exact_match") == [row != 3 for row in range(NUM_ROWS)]
+    metrics = job.finish(is_ordered=True, preserve_order=True, reference_column="none")
+    assert "exact_match" not in metrics
+    with pytest.raises(KeyError):
+        job.results("exact_match")
 
 
 MORE_STEPS = [pytest.param(step, marks=pytest.mark.long) for step in ("sort", "first part")]
@@ -109,27 +126,24 @@ MORE_STEPS = [pytest.param(step, marks=pytest.mark.long) for step in ("sort", "f
 @pytest.mark.parametrize("step", [*MORE_STEPS, "third part", "manifest", "delete"])
 def test_interrupted_at_any_point_every_row_is_there_once(config, small, monkeypatch, step):
     job = Job(config)
-    written = []
 
     def interrupt(*arguments, **options):
         raise KeyboardInterrupt
 
-    def write(parts, name, table):
-        written.append(name)
-        if len(written) == {"first part": 1, "third part": 3}[step]:
-            raise KeyboardInterrupt
-        original(parts, name, table)
+    def some_tasks(calls, folder):
+        yield from islice(original(calls, folder), {"first part": 1, "third part": 3}[step])
+        raise KeyboardInterrupt
 
-    original = Parts.write
+    original = arrange_module.run_tasks
     with monkeypatch.context() as patch:
         if step == "sort":
-            patch.setattr(finish_module, "_put_in_order", interrupt)
+            patch.setattr(arrange_module, "_in_order", interrupt)
         elif step == "manifest":
             patch.setattr(finish_module, "write_manifest", interrupt)
         elif step == "delete":
             patch.setattr(Storage, "remove_all", interrupt)
         else:
-            patch.setattr(Parts, "write", write)
+            patch.setattr(arrange_module, "run_tasks", some_tasks)
         with pytest.raises(KeyboardInterrupt):
             job.finish(preserve_order=True)
     if step == "delete":
@@ -139,15 +153,25 @@ def test_interrupted_at_any_point_every_row_is_there_once(config, small, monkeyp
     assert job.results() == list(range(NUM_ROWS))
 
 
-def test_rows_that_are_lost_on_the_way_lose_nothing(config, small, monkeypatch):
+@pytest.mark.parametrize("preserve_order", [True, False])
+def test_rows_that_are_lost_on_the_way_lose_nothing(config, small, monkeypatch, preserve_order):
     job = Job(config)
-    original = Parts.write
+
+    def write(parts, name, table):
+        _, size = parts.write(name, table.slice(1))
+        return f"results/part-{name}.parquet", PartFacts(size, len(table), 0, "")
+
+    def write_rows(parts, name, references, spans, *tables):
+        return write(parts, name, tables[0].slice(*spans[0]).drop_columns(["sere_file"]))
+
+    def rewrite(parts, name, references, names):
+        return [write(parts, name, pa.concat_tables(parts.read_all(names), promote_options="default"))]
+
     with monkeypatch.context() as patch:
-        patch.setattr(Parts, "write", lambda parts, name, table: original(parts, name, table.slice(1)))
-        with pytest.raises(
-            ConfigError, match=rf"of {NUM_ROWS} rows to be put in order {NUM_ROWS} were written and 18 are there"
-        ):
-            job.finish(preserve_order=True)
+        patch.setattr(arrange_module, "_write_rows", write_rows)
+        patch.setattr(arrange_module, "_rewrite", rewrite)
+        with pytest.raises(ConfigError, match=rf"of {NUM_ROWS} rows to be written once more \d+ are there. Nothing was rem"):
+            job.finish(preserve_order=preserve_order)
     job.finish(preserve_order=True)
     assert job.results() == list(range(NUM_ROWS))
 

@@ -140,6 +140,14 @@ def test_manifest(uri):
         write_manifest(parts, {}, ["results/part-a.parquet"])
 
 
+def test_rows_that_others_wrote_are_counted(uri):
+    parts, others = open_parts(uri), open_parts(uri)
+    parts.write("a", part([("f", 0)]))
+    assert parts.count(parts.names()) == 1
+    whole, size = others.write("b", part([("f", 1), ("f", 2)]))
+    assert parts.count([whole, "results/part-none.parquet"]) == 2 and parts.storage.sizes("results")[whole] == size
+
+
 def test_a_row_twice_in_one_part_keeps_one_answer(uri):
     parts = open_parts(uri)
     parts.write("a", part([("f", 0), ("f", 1), ("f", 0), ("f", 0)]))
