@@ -28,6 +28,8 @@ _SILENT_S = 30.0
 # A replica that was not placed within this time waits for room, or for a node.
 _PLACED_S = 60.0
 _REMIND_S = 600.0
+# What a replica's status says of a moment.
+_GAUGES = ("num_running", "num_waiting", "kv_cache_usage")
 # Fewer rows than this say little about how many fail.
 _LEAST_ROWS_JUDGED = 100
 
@@ -69,6 +71,7 @@ class Monitor:
         self._printed, self._said_waiting = 0.0, -math.inf
         self._wanted = wanted
         self._last: dict[str, Any] = {}
+        self._ended: set[str] = set()
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -112,7 +115,7 @@ class Monitor:
         self._show(dispatcher, num_errors)
         if final or now - self._recorded > _RECORD_S:
             self._recorded = now
-            self._record(handles, num_errors)
+            self._record(handles, {handle.name for handle in dispatcher.gone}, num_errors)
             write_session(self._folder.storage, session)
         self._folder.check()
         if not final:
@@ -151,7 +154,7 @@ class Monitor:
                 f"{description}: {done} of {self._num_rows} rows, {', '.join(figures)}", soft_wrap=True, highlight=False
             )
 
-    def _record(self, handles: list["Handle"], num_errors: int) -> None:
+    def _record(self, handles: list["Handle"], gone: set[str], num_errors: int) -> None:
         session = self.session
         step = int(self._offset_s + session.elapsed_s)
         before, self._last = self._last, {"time": time.monotonic(), "tokens": session.generated_tokens}
@@ -164,14 +167,17 @@ class Monitor:
             seconds = self._last["time"] - before["time"]
             metrics["progress/tokens_per_s"] = max(0, session.generated_tokens - before["tokens"]) / max(seconds, 1e-9)
         for handle in handles:
+            if handle.name in self._ended:
+                continue
             status = handle.status
             prefix = f"replica/{handle.name}"
-            metrics[f"{prefix}/num_running"] = status.num_running
-            metrics[f"{prefix}/num_waiting"] = status.num_waiting
-            metrics[f"{prefix}/kv_cache_usage"] = status.kv_cache_usage
+            for gauge in _GAUGES:
+                # Once more for one that is gone: what its last status says is no longer so.
+                metrics[f"{prefix}/{gauge}"] = 0 if handle.name in gone else getattr(status, gauge)
             metrics[f"{prefix}/generated_tokens"] = status.generated_tokens
             self._last[handle.name] = status.counters
             metrics |= _recent(status.counters, before.get(handle.name, {}), prefix)
+        self._ended |= gone
         self._tracker.log_progress(metrics, step=step)
 
     def _judge(self, handles: list["Handle"], num_rows: int, num_errors: int) -> None:
