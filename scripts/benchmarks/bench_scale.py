@@ -8,9 +8,7 @@ CPU seconds say more than a busy machine's clock does.
 """
 
 import argparse
-import asyncio
 import json
-import os
 import resource
 import shutil
 import signal
@@ -24,40 +22,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 from benchmark import environment, integers, positive, report, report_path
-
-from sere.pipeline.generate.replica.actor import Replica
-from sere.pipeline.generate.replica.answers import Answer
-from sere.pipeline.generate.replica.requests import RequestMaker
+from simulated_engine import simulate_engines
 
 ROOT = Path(__file__).resolve().parents[2]
 ROWS_PER_FILE = 250_000
 _TEXT = f"{'what a prompt of about ninety letters may look like, said at some length':80}"
-
-
-class _Engine:
-    """Answers at once; `num_steps` goes up as in an engine that works."""
-
-    scheduler = None
-    num_steps = 0
-
-    def tokenize(self, texts: list[str]) -> list[Any]:
-        return [None] * len(texts)
-
-    async def answer(self, request: Any, tokens: Any) -> Answer:
-        self.num_steps += 1
-        return Answer(request.prompt[:40], 20, 10, "stop")
-
-    def shutdown(self) -> None: ...
-
-
-class SimulatedReplica(Replica):
-    """A replica but for its engine."""
-
-    async def start(self) -> str:
-        self._engine = _Engine()
-        self._make_requests = RequestMaker(self._spec.config)
-        asyncio.get_running_loop().create_task(self._write_in_time())
-        return os.uname().nodename
 
 
 def make_data(folder: Path, num_rows: int) -> Path:
@@ -76,9 +45,8 @@ def drive(arguments: argparse.Namespace) -> None:
     from sere.conf.load import load_config
     from sere.conf.schema import GenerateConfig
     from sere.pipeline.generate import driver
-    from sere.pipeline.generate.replica import actor
 
-    actor.Replica = SimulatedReplica
+    simulate_engines()
     marks: dict[str, float] = {}
     work, finish = driver._work, driver.finish
 
