@@ -28,8 +28,9 @@ def start_ray(num_cpus: float, *, address: str | None) -> None:
     """
     import ray
 
-    # What goes wrong reaches the user as an exception.
+    # What goes wrong reaches the user as an exception. After it Ray would print what calls raised that nobody asks any more.
     logging.getLogger("ray").setLevel(logging.ERROR)
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     if ray.is_initialized():
         return
     if address is None:

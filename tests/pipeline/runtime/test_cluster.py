@@ -57,6 +57,24 @@ except ConfigError as error:
     sys.exit(f"refused: {error}")
 print(ray.get(ray.remote(lambda: "joined").remote()), ray.cluster_resources()["test_head"])
 """
+UNASKED = """
+import ray
+from sere.pipeline.runtime.cluster import start_ray
+
+start_ray(1, address=None)
+
+@ray.remote
+class Actor:
+    def fail(self):
+        raise ValueError("nobody asked")
+
+    def answer(self): ...
+
+actor = Actor.remote()
+reference = actor.fail.remote()
+ray.get(actor.answer.remote())
+del reference
+"""
 
 
 def environment(home, **more):
@@ -80,6 +98,12 @@ def test_a_local_ray_listens_on_this_machine_only_and_asks_for_a_token(tmp_path)
     assert {"gcs_server", "raylet"} <= set(found["names"])
     assert found["open"] == [] and found["asks_for_a_token"]
     assert (tmp_path / ".ray" / "auth_token").read_text()
+
+
+def test_an_error_that_nobody_asks_for_is_not_on_the_screen(tmp_path):
+    """The last line is the job's: of what runs when a job ends with an error Ray would print every traceback after it."""
+    done = python(UNASKED, home=tmp_path)
+    assert done.returncode == 0 and "nobody asked" not in done.stdout + done.stderr
 
 
 @contextmanager
