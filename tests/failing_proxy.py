@@ -10,16 +10,20 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 @contextmanager
-def failing_proxy(port: int, *, share: float, late_s: float = 0.0, seed: int = 0) -> Iterator[tuple[int, list[str]]]:
+def failing_proxy(
+    port: int, *, share: float, late_s: float = 0.0, late_share: float | None = None, seed: int = 0
+) -> Iterator[tuple[int, list[str]]]:
     """The proxy's port, and the requests that it refused so far.
 
     Args:
         port: Of the server.
         share: Of requests that get a 503.
-        late_s: Seconds by which as many others are answered late.
+        late_s: Seconds by which others are answered late.
+        late_share: Of requests that are; None: as many as get a 503.
         seed: Of the draw.
     """
     rng, lock, refused = random.Random(seed), threading.Lock(), []
+    late_share = share if late_share is None else late_share
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -33,7 +37,7 @@ def failing_proxy(port: int, *, share: float, late_s: float = 0.0, seed: int = 0
             if drawn < share:
                 self._answer(503, [("Content-Type", "text/plain")], b"Slow down")
                 return
-            if drawn > 1 - share:
+            if drawn > 1 - late_share:
                 time.sleep(late_s)
             connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
             # What is signed must arrive as it was sent, the host's name among it.

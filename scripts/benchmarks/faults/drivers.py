@@ -1,0 +1,116 @@
+"""Kinds: the driver is killed at any time, or at one exact operation of a phase. Local folder, simulated engines."""
+
+import re
+import shutil
+import signal
+import time
+from collections.abc import Callable
+
+from faults.arena import Arena
+from faults.deaths import MOMENTS, Death
+from faults.jobs import Job
+from faults.rows import whole_rows
+from faults.session import Plan
+from faults.tally import Tally
+
+_BEGIN = r"put (job|described|run)\.json"
+_PART = r"put results/part-"
+_ORDERED = r"put results/part-ordered-"
+_DECLARE = r"put (errors\.parquet|summary\.json|manifest\.json)"
+_DELETE = r"remove (results/|attempts/|nothing)"
+# About as long as an undisturbed session takes.
+_SESSION_S, _SCAN_S = 12.0, 2.5
+_CHAIN = 4
+
+
+def scan(arena: Arena, num_strikes: int) -> Tally:
+    """While the input is looked through."""
+    return _chains(arena, "scan", num_strikes, lambda: Plan(scan_s=arena.rng.uniform(0, _SCAN_S)))
+
+
+def begin(arena: Arena, num_strikes: int) -> Tally:
+    """While the folder is taken, and the job noted in it."""
+    return _chains(arena, "begin", num_strikes, lambda: Plan(death=_draw(arena, _BEGIN, 3)))
+
+
+def part(arena: Arena, num_strikes: int) -> Tally:
+    """At a replica's write of a part, alone or with that replica, as when their machine goes."""
+
+    def draw() -> Plan:
+        return Plan(part_death=_draw(arena, _PART, 5), takes_replica=arena.rng.random() < 0.5)
+
+    return _chains(arena, "part", num_strikes, draw)
+
+
+def anytime(arena: Arena, num_strikes: int) -> Tally:
+    """At any time from its start on."""
+    tally = arena.tally("anytime")
+    while tally.num_strikes < num_strikes:
+        job = arena.job()
+        for _ in range(min(_CHAIN, num_strikes - tally.num_strikes)):
+            session = job.start(Plan())
+            moment = time.monotonic() + arena.rng.uniform(0, _SESSION_S)
+            job.wait_for(lambda moment=moment: time.monotonic() > moment, session)
+            session.kill()
+            if tally.ended(session.wait()).status == 0:
+                break
+            tally.num_strikes += 1
+        arena.finish(job, tally)
+    return tally
+
+
+def order(arena: Arena, num_strikes: int) -> Tally:
+    """While parts are written once more in the input's order, or what a session before has left of that is sorted out."""
+    return _at_the_end(arena, "order", num_strikes, _PART, chain=_CHAIN)
+
+
+def declare(arena: Arena, num_strikes: int) -> Tally:
+    """At the write of the errors, the figures or the manifest."""
+    return _at_the_end(arena, "declare", num_strikes, _DECLARE, chain=1)
+
+
+def delete(arena: Arena, num_strikes: int) -> Tally:
+    """While what the result does not need is removed, after the manifest."""
+    return _at_the_end(arena, "delete", num_strikes, _DELETE, chain=1)
+
+
+def _draw(arena: Arena, operations: str, most: int) -> Death:
+    return Death(operations, arena.rng.randrange(most), arena.rng.choice(MOMENTS), share=arena.rng.random())
+
+
+def _chains(arena: Arena, kind: str, num_strikes: int, draw: Callable[[], Plan]) -> Tally:
+    """Jobs that nobody has begun, each struck several times before it is done."""
+    tally = arena.tally(kind)
+    while tally.num_strikes < num_strikes:
+        _chain(arena, tally, arena.job(), num_strikes, draw, chain=_CHAIN)
+    return tally
+
+
+def _at_the_end(arena: Arena, kind: str, num_strikes: int, operations: str, *, chain: int) -> Tally:
+    """Copies of a job whose rows are all answered, and not more."""
+    tally = arena.tally(kind)
+    answered = arena.job()
+    answered.start(Plan(death=Death(_ORDERED, 0, "before"))).wait()
+    undisturbed = _copy(arena, answered)
+    undisturbed.start(Plan()).wait()
+    most = sum(bool(re.match(operations, line)) for line in undisturbed.operations.read_text().splitlines())
+    while tally.num_strikes < num_strikes:
+        job = _copy(arena, answered)
+        _chain(arena, tally, job, num_strikes, lambda: Plan(death=_draw(arena, operations, most)), chain=chain)
+    return tally
+
+
+def _copy(arena: Arena, job: Job) -> Job:
+    other = arena.job()
+    shutil.copytree(job.output, other.output)
+    return other
+
+
+def _chain(arena: Arena, tally: Tally, job: Job, num_strikes: int, draw: Callable[[], Plan], *, chain: int) -> None:
+    for _ in range(min(chain, num_strikes - tally.num_strikes)):
+        before = whole_rows(job.storage)
+        if tally.ended(job.start(draw()).wait()).status != -signal.SIGKILL:
+            break
+        tally.num_strikes += 1
+        tally.counts["thrown away"] += len(before - whole_rows(job.storage))
+    arena.finish(job, tally)
