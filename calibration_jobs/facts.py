@@ -8,8 +8,9 @@ from torch import Tensor
 
 from sere.calibration_jobs.metrics.base import Matrices
 from sere.calibration_jobs.metrics.merge import MergedSums, Tables
-from sere.calibration_jobs.shards import Plan
+from sere.calibration_jobs.shards import Group, Plan
 from sere.calibration_jobs.workers.model import MoeFacts
+from sere.calibration_jobs.workers.room import ResultSizes
 from sere.conf.schema import CalibrateConfig
 from sere.pipeline.runtime.job_folder import JobFolder
 
@@ -21,6 +22,9 @@ class JobFacts:
     config: CalibrateConfig
     model: MoeFacts
     plan: Plan
+    groups: tuple[Group, ...]
+    """Of the plan's shards."""
+    sizes: ResultSizes
     folder: JobFolder
     """Open: this process works in it."""
     name: str

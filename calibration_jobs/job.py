@@ -14,21 +14,21 @@ from pathlib import Path
 from typing import Any
 
 from sere.calibration_jobs.facts import JobFacts, Similarities, tables_of
-from sere.calibration_jobs.identity import CALIBRATE, FINISHED, QUALITY, REMARKS, RESULTS, RUN, job_settings
+from sere.calibration_jobs.identity import CALIBRATE, FINISHED, MAX_GROUPS, QUALITY, REMARKS, RESULTS, RUN, job_settings
 from sere.calibration_jobs.judge.agreement import agreement
 from sere.calibration_jobs.judge.assess import assess
 from sere.calibration_jobs.metrics.base import ShardSums
 from sere.calibration_jobs.metrics.merge import InOrder, MergedSums
 from sere.calibration_jobs.publish.manifest import manifest_of
 from sere.calibration_jobs.publish.record import record
-from sere.calibration_jobs.shards import make_plan, tokenize
+from sere.calibration_jobs.shards import Group, make_groups, make_plan, tokenize
 from sere.calibration_jobs.tables.base import table_specs
 from sere.calibration_jobs.texts import RowRemark, read_rows
 from sere.calibration_jobs.workers.model import inspect_model, load_tokenizer
 from sere.calibration_jobs.workers.results import Results
-from sere.calibration_jobs.workers.room import refuse_full_disk, result_bytes
+from sere.calibration_jobs.workers.room import checkpoint_interval, most_groups, refuse_full_disk, result_sizes
 from sere.calibration_jobs.workers.runner import TaskRunner
-from sere.calibration_jobs.workers.task import LayerTensors, Task
+from sere.calibration_jobs.workers.task import DIRECTIONS, LayerTensors, Task
 from sere.conf.errors import ConfigError
 from sere.conf.nested import digest_of
 from sere.conf.schema import CalibrateConfig
@@ -80,26 +80,43 @@ def calibrate(config: CalibrateConfig, *, ray_address: str | None = None) -> Cal
     token_rows, cut = tokenize(config, load_tokenizer(config), rows)
     remarks += cut
     plan = make_plan(config, token_rows)
-    settings = job_settings(config, model_digest=model.job_digest, data_digest=plan.digest, block_tokens=model.block_tokens)
+    asked = result_sizes(config, model, tables=config.tables, num_domains=len(plan.domains))
+    settings = job_settings(
+        config,
+        model_digest=model.job_digest,
+        data_digest=plan.digest,
+        block_tokens=model.block_tokens,
+        max_groups=most_groups(asked.group),
+    )
     earlier = {"model_digest": model.earlier_digests}
     storage = Storage(str(output.parent / "calibration"))
     name = config.registered_model or f"sere-{Path(config.model).name}"
     with JobFolder(storage, CALIBRATE, settings, overwrite=config.overwrite, earlier=earlier) as folder:
         remove_unfinished(Path(storage.locate(RESULTS)))
-        if folder.kept:
+        if "tables" in folder.kept:
             _log.warning("%s was begun before there were tables: it will have none. To make them: overwrite=true", output)
         # The run and its figures belong to the judging, too; the sums do not.
         key = _key(config, folder, name)
         finished = storage.get_json(FINISHED)
         if finished and finished["key"] == key and output.is_file() and files_digest([output]) == finished["file"]:
             return Calibration(output, name, finished["version"], finished["promoted"], was_finished=True)
-        num_left = len(plan.shards) - sum(name.startswith(f"{RESULTS}/shard-") for name in storage.sizes(RESULTS))
-        size = result_bytes(config, model, tables=tables_of(config, folder), num_domains=len(plan.domains))
-        refuse_full_disk(storage, size, max(0, num_left))
+        groups = make_groups(plan.shards, folder.kept.get(MAX_GROUPS, settings[MAX_GROUPS]))
+        sizes = result_sizes(config, model, tables=tables_of(config, folder), num_domains=len(plan.domains))
+        refuse_full_disk(storage, groups, sizes, num_workers=config.num_workers)
         storage.put(REMARKS, "".join(json.dumps(dataclasses.asdict(remark)) + "\n" for remark in remarks).encode())
         runner = TaskRunner(config, Results(storage, folder.digest), block_tokens=model.block_tokens, ray_address=ray_address)
         with _run_of(config, storage, key) as tracker, runner as tasks:
-            job = JobFacts(config=config, model=model, plan=plan, folder=folder, name=name, key=key, run_id=tracker.run_id)
+            job = JobFacts(
+                config=config,
+                model=model,
+                plan=plan,
+                groups=groups,
+                sizes=sizes,
+                folder=folder,
+                name=name,
+                key=key,
+                run_id=tracker.run_id,
+            )
             _log_start(tracker, job, remarks)
             job = _with_digest(job, tasks)
             found = _similarities(job, tasks, tracker)
@@ -178,39 +195,61 @@ def _directions(job: JobFacts, tasks: TaskRunner) -> Mapping[str, Any] | None:
     rows = [row for shard in job.plan.shards for row in shard.rows]
     ends = itertools.accumulate(len(row.tokens) for row in rows)
     sample = tuple(row for row, end in zip(rows, ends, strict=True) if end <= _SAMPLE_TOKENS) or rows[:1]
-    first = Task("directions", "directions", (sample,))
+    first = Task(DIRECTIONS, "directions", (sample,))
     ((_, (found, _)),) = tasks.run([first], "Finding directions")
     return found
 
 
 def _calibrate_shards(job: JobFacts, tasks: TaskRunner, tracker: NullTracker) -> Similarities:
-    """All shards' sums, merged in order."""
+    """All groups' sums, merged in order."""
     plan, tables, directions = job.plan, tables_of(job.config, job.folder), _directions(job, tasks)
     specs = table_specs(dict.fromkeys(job.model.layers, job.model.num_experts), job.config.surrogate_rank, directions)
-    merged, in_order = MergedSums(specs), InOrder(plan.shards)
-    growth: list[dict[str, Any]] = []
-    by_name = {shard.name: shard for shard in plan.shards}
-    done_tokens = 0
+    merged, growth, next_growth = MergedSums(specs), list[dict[str, Any]](), 1
     shared = tasks.share(directions) if directions is not None else None
-    work = [Task(shard.name, "sums", (shard.rows, plan.domains, tables, shared)) for shard in plan.shards]
-    for task, result in tasks.run(work, "Calibrating"):
-        arrived, of_shard = by_name[task.name], ShardSums.from_result(result)
-        done_tokens += of_shard.num_tokens[None]
-        tracker.log_progress(
-            {"progress/tokens": done_tokens, "progress/worker_peak_memory_mib": of_shard.peak_memory_bytes / 2**20},
-            step=arrived.index,
+    interval = checkpoint_interval(job.sizes.checkpoint, job.config.num_workers)
+    arguments = plan.domains, tables, shared, interval
+    work = [
+        Task(
+            group.name,
+            "sums",
+            (tuple(shard.rows for shard in group.shards), *arguments),
+            shards=tuple(shard.name for shard in group.shards),
         )
-        for shard in in_order.arrive(arrived):
-            stored = tasks.stored(shard.name)
-            if stored is None:
-                raise ConfigError(
-                    f"the result of {shard.name} was damaged on disk right after it was written: check the disk, then run again"
-                )
-            merged.add(shard, ShardSums.from_result(stored))
-            # At powers of two, and at the end.
-            if merged.num_shards & (merged.num_shards - 1) == 0 or merged.num_shards == len(plan.shards):
+        for group in job.groups
+    ]
+    by_name = {group.name: group for group in job.groups}
+    in_order = InOrder(job.groups, lambda group: _read_again(group, tasks))
+    so_far: dict[str, ShardSums] = {}
+    for task, result in tasks.run(work, "Calibrating"):
+        found = ShardSums.from_result(result)
+        so_far[task.name] = dataclasses.replace(found, sums={}, tables={})
+        tracker.log_progress(
+            {
+                "progress/tokens": sum(sums.num_tokens[None] for sums in so_far.values()),
+                "progress/worker_peak_memory_mib": found.peak_memory_bytes / 2**20,
+            },
+            step=sum(sums.num_shards for sums in so_far.values()),
+        )
+        if found.num_shards < len(task.shards):
+            continue
+        for group, sums in in_order.arrive(by_name[task.name], found):
+            merged.add(group, sums)
+            is_last = merged.num_shards == len(plan.shards)
+            # At powers of two, or soon after them, when both halves are equal; and at the end.
+            if (group.half and merged.num_shards >= next_growth) or is_last:
                 growth += _agreement_of_halves(merged, tracker)
+                next_growth = 1 << merged.num_shards.bit_length()
     return Similarities(merged.matrices(), merged, growth, merged.tables(), merged.explained())
+
+
+def _read_again(group: Group, tasks: TaskRunner) -> ShardSums:
+    """A group's sums, which were on disk before."""
+    stored = tasks.stored(group.name)
+    if stored is None:
+        raise ConfigError(
+            f"the result of {group.name} was damaged on disk right after it was written: check the disk, then run again"
+        )
+    return ShardSums.from_result(stored)
 
 
 def _agreement_of_halves(merged: MergedSums, tracker: NullTracker) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""What a calibration job does: which rows are held out, and which rows form which shard. Pure functions of the rows."""
+"""What a calibration job does: which rows are held out, which form a shard, and which shards a group. Pure functions."""
 
 import hashlib
 import random
@@ -26,7 +26,7 @@ class TokenRow:
 
 @dataclass(frozen=True)
 class Shard:
-    """What one worker does at a time."""
+    """Rows whose sums a worker adds to those of the shards before it."""
 
     index: int
     rows: tuple[TokenRow, ...]
@@ -39,6 +39,25 @@ class Shard:
     @property
     def name(self) -> str:
         return f"shard-{self.index:06d}"
+
+
+@dataclass(frozen=True)
+class Group:
+    """Shards of one half of the data that one worker sums up, in order: what the driver gets, keeps and merges at a time."""
+
+    index: int
+    shards: tuple[Shard, ...]
+
+    @property
+    def half(self) -> int:
+        """0 or 1, as of its shards."""
+        return self.shards[0].half
+
+    @property
+    def name(self) -> str:
+        """Another one for other shards."""
+        first, last = self.shards[0], self.shards[-1]
+        return first.name if first is last else f"shards-{first.index:06d}-{last.index:06d}"
 
 
 @dataclass(frozen=True)
@@ -56,6 +75,30 @@ class Plan:
     @property
     def num_calibration_rows(self) -> int:
         return sum(len(shard.rows) for shard in self.shards)
+
+
+def make_groups(shards: Sequence[Shard], max_groups: int | None) -> tuple[Group, ...]:
+    """Which shards are summed up together: a function of their number, as sums in another grouping differ in the last bits.
+
+    Groups come in pairs, one of each half and both of the same size (the last one lacks a shard where their number is odd).
+    Sizes begin at one and double, so that the halves can be compared at powers of two; then they fall steadily to a few shards,
+    so that workers end at nearly the same time (trapezoid self-scheduling: Tzen and Ni 1993).
+
+    Args:
+        shards: All of the plan.
+        max_groups: At most so many, at least 2; None: each shard by itself.
+    """
+    num_pairs, max_pairs = -(-len(shards) // 2), (max_groups or len(shards) + 1) // 2
+    groups: list[Group] = []
+    start = 0
+    while start < num_pairs:
+        left, pairs_left = num_pairs - start, max_pairs - len(groups) // 2
+        falling = 2 * left // (pairs_left + 1)
+        size = max(1, min(start, falling) if pairs_left > 1 else left)
+        here = shards[2 * start : 2 * (start + size)]
+        groups += [Group(len(groups) + half, tuple(here[half::2])) for half in (0, 1) if here[half::2]]
+        start += size
+    return tuple(groups)
 
 
 def tokenize(config: CalibrateConfig, tokenizer: Any, rows: Sequence[TextRow]) -> tuple[list[TokenRow], list[RowRemark]]:

@@ -78,7 +78,7 @@ class TableKey:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardSums:
-    """All sums over one shard. A worker fills it; the driver merges it."""
+    """All sums over a group's shards, or over the first of them. A worker fills it; the driver merges it."""
 
     sums: Mapping[SumKey, Tensor]
     """float64 `[num_experts, num_experts]` each."""
@@ -86,14 +86,22 @@ class ShardSums:
     """Sums of the tables, of all tokens."""
     num_tokens: Mapping[int | None, int]
     """Tokens of each domain, and of all under None."""
+    num_shards: int
+    """Shards that were summed up."""
     elapsed_s: float
     peak_memory_bytes: int
     """What the worker held at most so far."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all tensors."""
+        return sum(tensor.nbytes for tensor in (*self.sums.values(), *self.tables.values()))
 
     def to_result(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """As a task's result: tensors by name, and what JSON can hold."""
         info = {
             "num_tokens": {_domain_name(domain): count for domain, count in self.num_tokens.items()},
+            "num_shards": self.num_shards,
             "elapsed_s": self.elapsed_s,
             "peak_memory_bytes": self.peak_memory_bytes,
         }
@@ -102,12 +110,14 @@ class ShardSums:
 
     @classmethod
     def from_result(cls, result: tuple[Mapping[str, Tensor], Mapping[str, Any]]) -> "ShardSums":
-        """What `to_result` wrote."""
-        tensors, info = result
+        """What `to_result` wrote; in one order, whether it comes from a worker or from a file."""
+        tensors, info = dict(sorted(result[0].items())), result[1]
         return cls(
             sums={SumKey.from_name(name): tensor for name, tensor in tensors.items() if not TableKey.is_name(name)},
             tables={TableKey.from_name(name): tensor for name, tensor in tensors.items() if TableKey.is_name(name)},
             num_tokens={_domain_of(name): count for name, count in info["num_tokens"].items()},
+            # There were no groups at first.
+            num_shards=info.get("num_shards", 1),
             elapsed_s=info["elapsed_s"],
             peak_memory_bytes=info["peak_memory_bytes"],
         )

@@ -1,24 +1,27 @@
-"""Sums of shards, added up: all tokens and every domain, by halves of the data."""
+"""Sums of groups of shards, added up: all tokens and every domain, by halves of the data."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import fmean
 
 from torch import Tensor
 
 from sere.calibration_jobs.metrics import METRIC_CLASSES
 from sere.calibration_jobs.metrics.base import Matrices, ShardSums, SimilarityMetric, SumKey
-from sere.calibration_jobs.shards import Shard
+from sere.calibration_jobs.shards import Group
 from sere.calibration_jobs.tables import TABLE_CLASSES
 from sere.calibration_jobs.tables.base import TableSpec, TableSums
 from sere.calibration_jobs.tables.norms import super_experts
 from sere.calibration_jobs.tables.surrogates import SurrogateSums
+
+# What the sums of several large models' groups take; the total itself takes as much or more.
+_WAITING_BYTES = 2 * 10**9
 
 Tables = dict[tuple[int, str], Tensor]
 """Tables by layer and name (`sere.ops.similarity_checks.TABLES`)."""
 
 
 class MergedSums:
-    """What the shards added so far say. Memory does not grow with their number."""
+    """What the groups added so far say. Memory does not grow with their number."""
 
     def __init__(self, specs: Mapping[int, TableSpec] | None = None) -> None:
         """Nothing is added yet.
@@ -32,15 +35,15 @@ class MergedSums:
         self._num_tokens = 0
         self.num_shards = 0
 
-    def add(self, shard: Shard, found: ShardSums) -> None:
-        """Add a shard's sums."""
-        half = self._halves[shard.half]
+    def add(self, group: Group, found: ShardSums) -> None:
+        """Add a group's sums."""
+        half = self._halves[group.half]
         for key, tensor in found.sums.items():
             part = METRIC_CLASSES[key.metric](len(tensor))
-            part.sums, part.num_tokens = tensor.clone(), found.num_tokens[key.domain]
-            known = half.setdefault(key, part)
-            if known is not part:
-                known.merge(part)
+            part.sums, part.num_tokens = tensor, found.num_tokens[key.domain]
+            if key not in half:
+                half[key] = METRIC_CLASSES[key.metric](len(tensor))
+            half[key].merge(part)
         parts: dict[tuple[int, str], dict[str, Tensor]] = {}
         for table_key, tensor in found.tables.items():
             parts.setdefault((table_key.layer, table_key.table), {})[table_key.name] = tensor
@@ -49,7 +52,7 @@ class MergedSums:
                 self._tables[place] = TABLE_CLASSES[place[1]](self._specs[place[0]])
             self._tables[place].merge(TABLE_CLASSES[place[1]](self._specs[place[0]], sums))
         self._num_tokens += found.num_tokens[None]
-        self.num_shards += 1
+        self.num_shards += found.num_shards
 
     def tables(self) -> Tables:
         """All tables, from all tokens."""
@@ -87,20 +90,30 @@ class MergedSums:
 
 
 class InOrder:
-    """Merges shards in the order of their index, as far as all before them have arrived.
+    """Hands out the sums of groups in the order of their index, as far as all before them have arrived.
 
-    The sum then does not depend on which worker was faster, to the last bit.
+    The total then does not depend on which worker was faster, to the last bit. What has to wait does so in memory, up to a
+    bound; the rest is read again when its turn comes.
     """
 
-    def __init__(self, shards: tuple[Shard, ...]) -> None:
-        self._shards = shards
-        self._arrived: set[int] = set()
+    def __init__(self, groups: Sequence[Group], read: Callable[[Group], ShardSums], *, max_bytes: int = _WAITING_BYTES) -> None:
+        """Nothing has arrived yet.
+
+        Args:
+            groups: All of the plan.
+            read: Reads what was kept of a group.
+            max_bytes: Of sums that wait in memory.
+        """
+        self._groups, self._read, self._max_bytes = groups, read, max_bytes
+        self._waiting: dict[int, ShardSums | None] = {}
         self._next = 0
 
-    def arrive(self, shard: Shard) -> Iterator[Shard]:
-        """Note an arrival; yields the shards whose turn it now is."""
-        self._arrived.add(shard.index)
-        while self._next in self._arrived:
-            self._arrived.remove(self._next)
+    def arrive(self, group: Group, found: ShardSums) -> Iterator[tuple[Group, ShardSums]]:
+        """Note an arrival; yields the groups whose turn it now is, with their sums."""
+        waiting = sum(sums.num_bytes for sums in self._waiting.values() if sums is not None)
+        fits = group.index == self._next or waiting + found.num_bytes <= self._max_bytes
+        self._waiting[group.index] = found if fits else None
+        while self._next in self._waiting:
+            sums, group = self._waiting.pop(self._next), self._groups[self._next]
             self._next += 1
-            yield self._shards[self._next - 1]
+            yield group, sums if sums is not None else self._read(group)

@@ -6,6 +6,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from sere.calibration_jobs.workers.results import Result
 from sere.calibration_jobs.workers.task import Task
 from sere.conf.errors import ConfigError
 
@@ -22,7 +23,8 @@ _log = logging.getLogger(__name__)
 
 
 class WorkerPool:
-    """Ray actors that pull tasks. A task whose worker dies goes to another one, and the worker is replaced.
+    """Ray actors that pull tasks. A task whose worker dies goes to another one, and the worker is replaced. Of a task of
+    several shards the other one does what came after the last checkpoint.
 
     Use as a context manager; the workers are gone afterwards.
     """
@@ -57,8 +59,12 @@ class WorkerPool:
         worker = self._start()
         self._starting[worker.ready.remote()] = worker
 
-    def run(self, tasks: Sequence[Task]) -> Iterator[tuple[Task, Any]]:
-        """Results as they come, in any order.
+    def run(self, tasks: Sequence[Task], checkpoint: Callable[[Task], Result | None]) -> Iterator[tuple[Task, Result]]:
+        """Results as they come, in any order; of a task of shards one after each of them.
+
+        Args:
+            tasks: What is to be done.
+            checkpoint: The last one of a task of shards; None: there is none.
 
         Raises:
             ConfigError: what a worker raised as such, or that workers keep dying.
@@ -68,13 +74,15 @@ class WorkerPool:
         waiting = deque(tasks)
         running: dict[Any, tuple[Any, Task]] = {}
         deaths: Counter[str] = Counter()
+        num_done: Counter[str] = Counter()
         noted = time.monotonic()
         try:
             while waiting or running:
                 while waiting and self._idle:
-                    worker, task = self._idle.pop(), waiting.popleft()
-                    running[getattr(worker, task.method).remote(*task.arguments)] = worker, task
-                done, _ = ray.wait([*running, *self._starting], num_returns=1, timeout=_NOTE_AFTER_S)
+                    task = waiting.popleft()
+                    call, num_done[task.name] = _call(self._idle[-1], task, checkpoint)
+                    running[call] = self._idle.pop(), task
+                done, _ = ray.wait([*self._starting, *running], num_returns=1, timeout=_NOTE_AFTER_S)
                 if not done:
                     if not running and time.monotonic() - noted > _NOTE_AFTER_S:
                         noted = time.monotonic()
@@ -85,24 +93,30 @@ class WorkerPool:
                     continue
                 worker, task = running.pop(done[0])
                 try:
-                    result = ray.get(done[0])
+                    result = ray.get(next(done[0]) if task.shards else done[0])
                 except ray.exceptions.RayTaskError as error:
                     self._idle.append(worker)
                     raise _original(error) from None
                 except ray.exceptions.RayError as error:
                     # The worker, its node, or the result on its node is gone.
-                    deaths[task.name] += 1
+                    place = task.shards[num_done[task.name]] if task.shards else task.name
+                    deaths[place] += 1
                     ray.kill(worker)
-                    if deaths[task.name] >= _MAX_ATTEMPTS:
+                    if deaths[place] >= _MAX_ATTEMPTS:
                         raise ConfigError(
-                            f"{deaths[task.name]} workers died on {task.name}, the last with: {_reason(error)}. {_ADVICE}"
+                            f"{deaths[place]} workers died on {place}, the last with: {_reason(error)}. {_ADVICE}"
                         ) from error
-                    _log.warning("a worker died on %s, which is done again: %s", task.name, _reason(error))
+                    _log.warning("a worker died on %s, which is done again: %s", place, _reason(error))
                     waiting.appendleft(task)
                     self.num_replaced += 1
                     self._add()
                     continue
-                self._idle.append(worker)
+                num_done[task.name] = result[1]["num_shards"] if task.shards else 0
+                if num_done[task.name] < len(task.shards):
+                    # Behind the others: which of several that are ready comes first goes by their order.
+                    running[done[0]] = worker, task
+                else:
+                    self._idle.append(worker)
                 yield task, result
         finally:
             self._idle += [worker for worker, _ in running.values()]
@@ -129,6 +143,15 @@ class WorkerPool:
         else:
             self._num_failed_starts = 0
             self._idle.append(worker)
+
+
+def _call(worker: Any, task: Task, checkpoint: Callable[[Task], Result | None]) -> tuple[Any, int]:
+    """Have a worker begin a task, or go on with it: what stands for its results, and how many shards are done."""
+    method = getattr(worker, task.method)
+    begun = checkpoint(task) if task.shards else None
+    if begun is None:
+        return method.remote(*task.arguments), 0
+    return method.remote(*task.arguments, begun=begun), begun[1]["num_shards"]
 
 
 def _original(error: Any) -> Exception:

@@ -24,7 +24,7 @@ def _checksum(owner: str, name: str, tensors: Mapping[str, Tensor], info: str) -
     digest = hashlib.sha256(f"{owner} {name} {info}".encode())
     for key, tensor in sorted(tensors.items()):
         digest.update(f"{key} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -47,7 +47,11 @@ class Results:
         tensors = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
         metadata = {"owner": self._digest, "info": info, "sha256": _checksum(self._digest, name, tensors, info)}
         # safetensors needs one tensor at least.
-        self._storage.put(_file(name), save(tensors or {"empty": torch.zeros(0)}, metadata=metadata))
+        self._storage.put(file_of(name), save(tensors or {"empty": torch.zeros(0)}, metadata=metadata))
+
+    def remove(self, name: str) -> None:
+        """Remove the result of a task, if there is one."""
+        self._storage.remove(file_of(name))
 
     def load(self, name: str) -> Result | None:
         """The result of a task; None if there is none. A file that is not what was written is moved aside, with a warning.
@@ -55,7 +59,7 @@ class Results:
         Raises:
             ConfigError: if the file cannot be read now, which says nothing of what is in it.
         """
-        file = _file(name)
+        file = file_of(name)
         try:
             with safe_open(self._storage.locate(file), framework="pt") as opened:
                 metadata = opened.metadata() or {}
@@ -78,5 +82,6 @@ class Results:
         return None
 
 
-def _file(name: str) -> str:
+def file_of(name: str) -> str:
+    """The file of a task's result, in the job's folder."""
     return f"{RESULTS}/{name}.safetensors"

@@ -1,5 +1,6 @@
 """Runs a job's tasks over workers, and keeps every result on disk before anyone counts on it."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -64,11 +65,14 @@ class TaskRunner:
         return ray.remote(**options)(CalibrationWorker).remote(self._config, self._block_tokens)
 
     def stored(self, name: str) -> Result | None:
-        """A task's result from an earlier run, or None."""
+        """A task's result that is on disk, or None."""
         return self._results.load(name)
 
     def run(self, tasks: Sequence[Task], description: str) -> Iterator[tuple[Task, Result]]:
-        """Results, those of earlier runs first. Each is on disk before it is handed out."""
+        """Results, those of earlier runs first. Each is on disk before it is handed out.
+
+        Of a group of shards also what the worker tells before the last of them: of that only checkpoints are on disk.
+        """
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
         columns = (
@@ -79,22 +83,41 @@ class TaskRunner:
             TimeRemainingColumn(),
         )
         with Progress(*columns) as progress:
-            bar = progress.add_task(description, total=len(tasks))
+            # Shards of groups, other tasks as a whole.
+            bar = progress.add_task(description, total=sum(max(1, len(task.shards)) for task in tasks))
+            num_done: Counter[str] = Counter()
             missing = []
             for task in tasks:
                 result = self.stored(task.name)
                 if result is None:
                     missing.append(task)
                     continue
-                progress.advance(bar)
+                num_done[task.name] = max(1, len(task.shards))
+                progress.update(bar, completed=num_done.total())
+                if task.shards:
+                    # Left where the command ended right after it had written the result.
+                    self._results.remove(task.checkpoint)
                 yield task, result
             if not missing:
                 return
             if self._pool is None:
                 self.start_ray()
                 self._pool = WorkerPool(self._start_worker, self._config.num_workers).__enter__()
-            for task, result in self._pool.run(missing):
-                self._results.save(task.name, result)
-                self.num_done += 1
-                progress.advance(bar)
+            for task, result in self._pool.run(missing, lambda task: self.stored(task.checkpoint)):
+                num_done[task.name] = result[1]["num_shards"] if task.shards else 1
+                # Fewer than before, where a worker died after its last checkpoint.
+                progress.update(bar, completed=num_done.total())
+                self._keep(task, result)
                 yield task, result
+
+    def _keep(self, task: Task, result: Result) -> None:
+        """Write a result, or a checkpoint, before anyone counts on it."""
+        tensors, info = result
+        if task.shards and info["num_shards"] < len(task.shards):
+            if tensors:
+                self._results.save(task.checkpoint, result)
+            return
+        self._results.save(task.name, result)
+        self.num_done += 1
+        if task.shards:
+            self._results.remove(task.checkpoint)

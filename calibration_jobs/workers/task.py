@@ -7,12 +7,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
+DIRECTIONS = "directions"
+"""Name of the task that finds on what surrogates of a wide model see inputs and outputs."""
+
+
+def checkpoint_of(name: str) -> str:
+    """Of the file that keeps the last checkpoint of a task, by the task's name."""
+    return f"{name}.checkpoint"
+
 
 @dataclass(frozen=True)
 class Task:
     """One call of a worker's method. Its result must depend on the arguments alone: any worker may make it, and twice.
 
-    Who wants the result fills it in: the job for shards and weights, the judging for held-out rows.
+    Who wants the result fills it in: the job for groups of shards and weights, the judging for held-out rows.
     """
 
     name: str
@@ -21,6 +29,14 @@ class Task:
     arguments: tuple[Any, ...]
     batch_size: int | None = None
     """The decode batch that an emulation is of; None for other tasks."""
+    shards: tuple[str, ...] = ()
+    """Names of the shards of a group, after each of which the worker yields a result; its `num_shards` says how far it is, and
+    what has tensors before the last one is a checkpoint, from which another worker may go on. (): the method returns one."""
+
+    @property
+    def checkpoint(self) -> str:
+        """Name of the file that keeps the last one."""
+        return checkpoint_of(self.name)
 
 
 @dataclass(frozen=True)

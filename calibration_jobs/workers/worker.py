@@ -1,11 +1,12 @@
-"""What runs on a calibration worker: one copy of the model, and the work on one shard or one held-out batch at a time.
+"""What runs on a calibration worker: one copy of the model, and the work on a group of shards or a held-out batch at a time.
 
 A plain class; the job makes it a Ray actor. Every result depends on the arguments and the config alone.
 """
 
+import math
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -22,10 +23,10 @@ from sere.calibration_jobs.judge.candidates import Candidate, Emulated
 from sere.calibration_jobs.judge.emulation import emulate
 from sere.calibration_jobs.judge.held_out_error import routing_error
 from sere.calibration_jobs.metrics import METRIC_CLASSES
-from sere.calibration_jobs.metrics.base import ShardSums, SumKey, TableKey
+from sere.calibration_jobs.metrics.base import ShardSums
+from sere.calibration_jobs.metrics.running import RunningSums
 from sere.calibration_jobs.metrics.weights import weight_similarity
 from sere.calibration_jobs.shards import TokenRow
-from sere.calibration_jobs.tables import TABLE_CLASSES
 from sere.calibration_jobs.tables.base import table_specs
 from sere.calibration_jobs.tables.surrogates import (
     SurrogateSums,
@@ -102,67 +103,62 @@ class CalibrationWorker:
 
     def sums(
         self,
-        rows: Sequence[TokenRow],
+        shards: Sequence[Sequence[TokenRow]],
         domains: Sequence[str],
         tables: Sequence[str] = (),
         directions: Mapping[str, torch.Tensor] | None = None,
-    ) -> Result:
-        """Sums of all metrics over one shard, as `ShardSums`: of all tokens, and, if there are several domains, of each one's
-        tokens; and of the tables, of all tokens."""
-        started = time.monotonic()
+        checkpoint_s: float = math.inf,
+        begun: Result | None = None,
+    ) -> Iterator[Result]:
+        """Sums of all metrics over the shards of a group, in their order, as `ShardSums`: of all tokens, and, if there are
+        several domains, of each one's tokens; and of the tables, of all tokens.
+
+        Yields one after every shard: the last has the group's sums, others have none, or, at most every so many seconds, all
+        that it takes to go on. To be used before the next is asked for.
+
+        Args:
+            shards: Rows of each.
+            domains: Their domains.
+            tables: Names of tables.
+            directions: On which surrogates see inputs and outputs; None: as they are.
+            checkpoint_s: Seconds between sums that are not the last.
+            begun: The last one that had sums, by another worker; None: it begins.
+        """
+        counts = {layer: module.num_experts for layer, module in find_expert_modules(self._model).items()}
+        specs = table_specs(counts, self._config.surrogate_rank, directions)
         metrics = [metric for metric in self._config.metrics if metric in METRIC_CLASSES]
-        token_domains = torch.tensor([domains.index(row.domain) for row in rows for _ in row.tokens])
-        counts = torch.bincount(token_domains, minlength=len(domains)).tolist()
-        parts = [None] + [number for number in range(len(domains)) if len(domains) > 1 and counts[number]]
-        sums = {
-            SumKey(layer, metric, part): METRIC_CLASSES[metric](module.num_experts)
-            for layer, module in find_expert_modules(self._model).items()
-            for metric in metrics
-            for part in parts
-        }
+        running = RunningSums(specs, metrics, tables, ShardSums.from_result(begun) if begun is not None else None)
+        sent = time.monotonic()
+        for rows in shards[running.num_shards :]:
+            self._add(running, rows, domains, has_tables=bool(tables))
+            peak = self._peak_memory()
+            if running.num_shards == len(shards):
+                yield running.finished(peak).to_result()
+            elif time.monotonic() - sent < checkpoint_s:
+                yield running.progress(peak).to_result()
+            else:
+                yield running.checkpoint(peak).to_result()
+                sent = time.monotonic()
 
-        modules = find_expert_modules(self._model)
-        counts_of = {layer: module.num_experts for layer, module in modules.items()}
-        specs = table_specs(counts_of, self._config.surrogate_rank, directions)
-        of_tables = {(layer, table): TABLE_CLASSES[table](specs[layer]) for layer in modules for table in tables}
-
-        def observe_block(layer: int, block: TokenBlock) -> None:
-            for table in tables:
-                of_tables[layer, table].update(block)
-
-        def observe(layer: int, outputs: torch.Tensor, tokens: torch.Tensor) -> None:
-            for part in parts:
-                own = outputs if part is None else outputs[:, (token_domains[tokens] == part).to(outputs.device)]
-                for metric in metrics:
-                    sums[SumKey(layer, metric, part)].update(own)
-
+    def _add(self, running: RunningSums, rows: Sequence[TokenRow], domains: Sequence[str], *, has_tables: bool) -> None:
+        """Add a shard to a group's sums."""
+        started = time.monotonic()
+        of_tokens = torch.tensor([domains.index(row.domain) for row in rows for _ in row.tokens])
         observe_experts(
             self._model,
             self._batches(rows),
-            observe,
+            lambda layer, outputs, tokens: running.add_outputs(layer, outputs, of_tokens[tokens] if len(domains) > 1 else None),
             block_tokens=self._block_tokens,
-            observe_block=observe_block if tables else None,
+            observe_block=running.add_block if has_tables else None,
         )
-        made = [(key.layer, metric.sums) for key, metric in sums.items()]
-        made += [(layer, value) for (layer, _), part in of_tables.items() for value in part.sums.values()]
-        for layer, value in made:
-            if not value.isfinite().all():
-                raise ConfigError(
-                    f"outputs of the experts of layer {layer} are not finite in {self._config.dtype}: try dtype=float32 or "
-                    "dtype=bfloat16, and check the model"
-                )
-        return ShardSums(
-            sums={key: metric.sums for key, metric in sums.items()},
-            # Half the bytes: what is summed in float64 is kept to seven digits.
-            tables={
-                TableKey(layer, table, name): value.float()
-                for (layer, table), part in of_tables.items()
-                for name, value in part.sums.items()
-            },
-            num_tokens={None: sum(counts), **dict(enumerate(counts))},
-            elapsed_s=time.monotonic() - started,
-            peak_memory_bytes=self._peak_memory(),
-        ).to_result()
+        counts = torch.bincount(of_tokens, minlength=len(domains)).tolist()
+        running.end_shard({None: len(of_tokens), **dict(enumerate(counts))}, time.monotonic() - started)
+        layer = running.not_finite()
+        if layer is not None:
+            raise ConfigError(
+                f"outputs of the experts of layer {layer} are not finite in {self._config.dtype}: try dtype=float32 or "
+                "dtype=bfloat16, and check the model"
+            )
 
     def _batches(self, rows: Sequence[TokenRow]) -> list[dict[str, torch.Tensor]]:
         size = self._config.batch_size

@@ -101,7 +101,8 @@ def run_worker(folder: str, max_memory_gib: float | None, num_rows: int, batch_s
     )
     worker = CalibrationWorker(config, BLOCK_TOKENS)
     worker.ready()
-    found = ShardSums.from_result(worker.sums(token_rows(num_rows, 128), ("",)))
+    (result,) = worker.sums([token_rows(num_rows, 128)], ("",))
+    found = ShardSums.from_result(result)
     total = sum(float(tensor.sum()) for tensor in found.sums.values())
     return {"seconds": found.elapsed_s, "peak_mib": found.peak_memory_bytes / 2**20, "total": total}
 

@@ -1,7 +1,10 @@
-"""A tiny random MoE model on disk, text in three domains, and configs for both."""
+"""A tiny random MoE model on disk, text in three domains, and configs for both; a finished job, and what is asked of one."""
 
 import functools
+import json
 import random
+import shutil
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -9,9 +12,12 @@ import pytest
 import torch
 import transformers
 
+from sere.calibration_jobs.job import Calibration, calibrate
 from sere.conf.schema import CalibrateConfig, JudgeConfig, TrackingConfig
+from sere.ops.similarity import SimilarityArtifact
 from tests.conftest import DEMO_MODEL
 
+NOT_JUDGED = JudgeConfig(held_out_rows=0)
 NUM_EXPERTS, NUM_LAYERS, TOP_K, HIDDEN = 8, 2, 3, 32
 
 
@@ -85,6 +91,11 @@ def make_config(tiny_model, texts, tmp_path):
     return functools.partial(config_of, tiny_model, texts, tmp_path / "out")
 
 
+@pytest.fixture
+def not_judged(make_config):
+    return lambda **changes: make_config(judge=NOT_JUDGED, **changes)
+
+
 @pytest.fixture(scope="package")
 def cluster():
     """A Ray cluster of three nodes on this machine, to which this process is joined."""
@@ -99,3 +110,31 @@ def cluster():
     yield started
     ray.shutdown()
     started.shutdown()
+
+
+@pytest.fixture(scope="package")
+def plain_job(cluster, tiny_model, texts, tmp_path_factory) -> Calibration:
+    """A finished job without judging, to be looked at or copied."""
+    return calibrate(config_of(tiny_model, texts, tmp_path_factory.mktemp("plain"), judge=NOT_JUDGED))
+
+
+def results(artifact: str | Path) -> dict[str, int]:
+    """Every result on disk, and when it was written."""
+    folder = Path(artifact).parent / "calibration" / "results"
+    return {file.name: file.stat().st_mtime_ns for file in folder.iterdir()}
+
+
+def quality(artifact: str | Path) -> dict:
+    return json.loads((Path(artifact).parent / "calibration" / "quality.json").read_text())
+
+
+def copied(done: Calibration, config):
+    """A config whose output is a copy of a finished job's: where a job lies is not part of what it is."""
+    shutil.copytree(done.file.parent, Path(config.output).parent)
+    return config
+
+
+def assert_same(first: SimilarityArtifact, other: SimilarityArtifact) -> None:
+    assert first.manifest == other.manifest
+    for mine, others in ((first.matrices, other.matrices), (first.tables, other.tables)):
+        assert mine.keys() == others.keys() and all(torch.equal(tensor, others[key]) for key, tensor in mine.items())

@@ -13,48 +13,20 @@ import torch
 from sere.calibration_jobs.capture.batches import pad_rows
 from sere.calibration_jobs.job import Calibration, calibrate
 from sere.calibration_jobs.workers.model import load_model
-from sere.calibration_jobs.workers.room import result_bytes
+from sere.calibration_jobs.workers.room import result_sizes
 from sere.conf.errors import ConfigError
 from sere.conf.schema import CalibrateConfig, JudgeConfig, TrackingConfig
 from sere.ops.similarity import SimilarityArtifact
 from sere.ops.similarity_checks import TABLES
-from tests.calibration_jobs.conftest import config_of
+from tests.calibration_jobs.conftest import assert_same, config_of, copied, quality, results
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("cluster")]
-NOT_JUDGED = JudgeConfig(held_out_rows=0)
-
-
-def results(artifact: str | Path) -> dict[str, int]:
-    """Every result on disk, and when it was written."""
-    folder = Path(artifact).parent / "calibration" / "results"
-    return {file.name: file.stat().st_mtime_ns for file in folder.iterdir()}
-
-
-def quality(artifact: str | Path) -> dict:
-    return json.loads((Path(artifact).parent / "calibration" / "quality.json").read_text())
-
-
-@pytest.fixture
-def not_judged(make_config):
-    return lambda **changes: make_config(judge=NOT_JUDGED, **changes)
-
-
-@pytest.fixture(scope="module")
-def plain_job(cluster, tiny_model, texts, tmp_path_factory) -> Calibration:
-    """A finished job without judging, to be looked at or copied."""
-    return calibrate(config_of(tiny_model, texts, tmp_path_factory.mktemp("plain"), judge=NOT_JUDGED))
 
 
 @pytest.fixture(scope="module")
 def judged_job(cluster, tiny_model, texts, tmp_path_factory) -> Calibration:
     """A finished job with judging, to be looked at or copied."""
     return calibrate(config_of(tiny_model, texts, tmp_path_factory.mktemp("judged"), num_workers=2))
-
-
-def copied(done: Calibration, config):
-    """A config whose output is a copy of a finished job's: where a job lies is not part of what it is."""
-    shutil.copytree(done.file.parent, Path(config.output).parent)
-    return config
 
 
 def test_any_number_of_workers_gives_the_same(plain_job, not_judged, tmp_path):
@@ -67,8 +39,7 @@ def test_any_number_of_workers_gives_the_same(plain_job, not_judged, tmp_path):
         assert done.num_done == len(results(done.file)) == 11  # 10 shards and the weights
     first, *others = (SimilarityArtifact.load(done.file) for done in jobs)
     for other in others:
-        assert first.manifest == other.manifest
-        assert all(torch.equal(matrix, other.matrices[key]) for key, matrix in first.matrices.items())
+        assert_same(first, other)
 
 
 def assert_as_large_as_said(file, **changes):
@@ -77,16 +48,18 @@ def assert_as_large_as_said(file, **changes):
         CalibrateConfig(model="m", data="d", output="o", judge=JudgeConfig(held_out_rows=0)), **changes
     )
     facts = SimpleNamespace(layers=(0, 1), num_experts=8, hidden_size=32)
-    said = result_bytes(config, facts, tables=config.tables, num_domains=2)
-    size = (file.parent / "calibration" / "results" / "shard-000000.safetensors").stat().st_size
-    # Names, shapes and the checksum aside.
-    assert said < size < said + 15_000
+    said = result_sizes(config, facts, tables=config.tables, num_domains=2)
+    folder = file.parent / "calibration" / "results"
+    for name, size in (("shard-000000", said.group), ("directions", said.directions)):
+        there = folder / f"{name}.safetensors"
+        # Names, shapes and the checksum aside.
+        assert size < there.stat().st_size < size + 15_000 if size else not there.exists()
 
 
 def test_what_results_take_is_known_before(plain_job, not_judged, monkeypatch, tmp_path):
     assert_as_large_as_said(plain_job.file)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=9_000_000))
-    with pytest.raises(ConfigError, match=r"the results of \d+ shards take .* GB in .*shard_rows"):
+    with pytest.raises(ConfigError, match=r"the results of \d+ groups of shards and \d checkpoints take .* GB in .*shard_rows"):
         calibrate(not_judged(output=str(tmp_path / "full" / "similarity.safetensors"), shard_rows=1))
 
 

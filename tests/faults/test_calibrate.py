@@ -1,23 +1,26 @@
 """Processes are killed for real: workers, a node, the driver. Nothing is lost, and the result is that of an undisturbed job."""
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
+from safetensors import safe_open
 
 from sere.calibration_jobs.job import calibrate
 from sere.conf.errors import ConfigError
 from sere.conf.schema import CalibrateConfig, JudgeConfig
 from sere.ops.similarity import SimilarityArtifact
+from sere.pipeline.tracking.tracker import NullTracker
 from tests.conftest import DEMO_MODEL, ROOT
 
 pytestmark = pytest.mark.cluster
@@ -77,11 +80,19 @@ def workers() -> list[psutil.Process]:
     return found
 
 
-class During:
-    """Does something, once, when a job has finished some shards."""
+def num_kept(config: CalibrateConfig) -> int:
+    """How many shards the checkpoint of the first long group has."""
+    file = Path(config.output).parent / "calibration" / "results" / "shards-000002-000010.checkpoint.safetensors"
+    with contextlib.suppress(FileNotFoundError), safe_open(file, framework="pt") as opened:
+        return json.loads(opened.metadata()["info"])["num_shards"]
+    return 0
 
-    def __init__(self, config: CalibrateConfig, num_shards: int, act: Callable[[], None]) -> None:
-        self._config, self._num_shards, self._act = config, num_shards, act
+
+class During:
+    """Does something, once, when a job has come so far."""
+
+    def __init__(self, is_time: Callable[[], bool], act: Callable[[], None]) -> None:
+        self._is_time, self._act = is_time, act
         self.done = False
         self._thread = threading.Thread(target=self._watch)
 
@@ -95,35 +106,70 @@ class During:
     def _watch(self) -> None:
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline:
-            if num_results(self._config) >= self._num_shards:
+            if self._is_time():
                 self._act()
                 self.done = True
                 return
             time.sleep(0.02)
 
 
+def kill_one() -> None:
+    """One at work: a worker that still loads the model has no shard."""
+    for _ in range(1000):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for victim in workers():
+                if victim.cmdline()[:1] == ["ray::CalibrationWorker.sums"]:
+                    victim.kill()
+                    return
+        time.sleep(0.01)
+    raise AssertionError("no worker was at work")
+
+
 def test_killed_workers_shard_is_done_elsewhere(cluster, slow, undisturbed, caplog):
     artifact = expected(undisturbed, slow("undisturbed", num_workers=2))
     config = slow(num_workers=2)
-    killed = []
-
-    def kill() -> None:
-        # One at work: a worker that still loads the model has no shard.
-        for _ in range(1000):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                for victim in workers():
-                    if victim.cmdline()[:1] == ["ray::CalibrationWorker.sums"]:
-                        victim.kill()
-                        killed.append(victim.pid)
-                        return
-            time.sleep(0.01)
-
-    with During(config, 2, kill) as during:
+    with During(lambda: num_results(config) >= 2, kill_one) as during:
         done = calibrate(config)
-    assert during.done and killed
+    assert during.done
     assert_same(done.file, artifact)
     assert done.num_done == NUM_SHARDS, "each shard's result was written once"
     assert "a worker died on shard-" in caplog.text
+
+
+@pytest.fixture
+def in_groups(monkeypatch):
+    """Two groups of one shard and two of five, with a checkpoint after each shard."""
+    monkeypatch.setattr("sere.calibration_jobs.job.most_groups", lambda num_bytes: 4)
+    monkeypatch.setattr("sere.calibration_jobs.job.checkpoint_interval", lambda *_: 0.0)
+
+
+@pytest.fixture(scope="module")
+def undisturbed_groups(cluster, tmp_path_factory) -> dict:
+    """Filled by the first test that needs it."""
+    return {}
+
+
+def test_killed_workers_group_goes_on_from_its_checkpoint(cluster, slow, in_groups, undisturbed_groups, monkeypatch, caplog):
+    artifact = expected(undisturbed_groups, slow("undisturbed_groups", num_workers=2))
+    steps = []
+    monkeypatch.setattr(NullTracker, "log_progress", lambda self, metrics, *, step: steps.append(step))
+    config = slow(num_workers=1)
+    with During(lambda: num_kept(config) >= 3, kill_one) as during:
+        done = calibrate(config)
+    assert during.done and "a worker died on shard-" in caplog.text
+    assert steps == list(range(1, NUM_SHARDS + 1)), "no shard that was kept is done again"
+    assert_same(done.file, artifact)
+
+
+def test_lost_node_in_groups(cluster, slow, in_groups, undisturbed_groups):
+    """What it sent, and nobody has read, is lost with it."""
+    artifact = expected(undisturbed_groups, slow("undisturbed_groups", num_workers=2))
+    config = slow(num_workers=4)
+    lost = cluster.add_node(num_cpus=2)
+    with During(lambda: num_kept(config) >= 2, lambda: cluster.remove_node(lost, allow_graceful=False)) as during:
+        done = calibrate(config)
+    assert during.done
+    assert_same(done.file, artifact)
 
 
 def test_lost_node(cluster, slow, undisturbed):
@@ -131,7 +177,7 @@ def test_lost_node(cluster, slow, undisturbed):
     artifact = expected(undisturbed, slow("undisturbed", num_workers=2))
     config = slow(num_workers=4)
     lost = cluster.add_node(num_cpus=2)
-    with During(config, 2, lambda: cluster.remove_node(lost, allow_graceful=False)) as during:
+    with During(lambda: num_results(config) >= 2, lambda: cluster.remove_node(lost, allow_graceful=False)) as during:
         done = calibrate(config)
     assert during.done
     assert_same(done.file, artifact)
@@ -160,28 +206,35 @@ def test_worker_that_always_dies_is_an_error_that_says_what_to_do(cluster, slow,
         thread.join()
 
 
-def sere(config: CalibrateConfig, *settings: str) -> subprocess.Popen:
+# The command in a few groups, with a checkpoint after each shard.
+IN_GROUPS = """
+import sere.calibration_jobs.job, sere.pipeline.cli
+sere.calibration_jobs.job.most_groups = lambda num_bytes: 4
+sere.calibration_jobs.job.checkpoint_interval = lambda *_: 0.0
+sere.pipeline.cli.main()
+"""
+
+
+def sere(config: CalibrateConfig, *settings: str, start: Sequence[str] = ("-m", "sere.pipeline.cli")) -> subprocess.Popen:
     """The same job as a command of its own, with a Ray of its own."""
     given = [f"{name}={getattr(config, name)}" for name in ("model", "data", "num_sequences", "shard_rows", "sequence_length")]
     given += [f"{name}={getattr(config, name)}" for name in ("block_tokens", "batch_size", "output", "num_workers")]
     given += ["metrics=[cosine,cka]", "judge.held_out_rows=0", *settings]
-    command = [sys.executable, "-m", "sere.pipeline.cli", "calibrate", str(ROOT / "conf" / "calibrate.yaml"), *given]
+    command = [sys.executable, *start, "calibrate", str(ROOT / "conf" / "calibrate.yaml"), *given]
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
 
 
-def interrupted(config: CalibrateConfig, tracking: str, num_shards: int, signal_number: int) -> tuple[int, str]:
-    """Start the command, and send the driver a signal when it has finished some shards."""
-    process = sere(config, tracking)
+def interrupted(process: subprocess.Popen, is_time: Callable[[], bool], signal_number: int) -> str:
+    """Send a driver a signal when it has come so far; returns what it printed."""
     try:
         deadline = time.monotonic() + 120
-        while num_results(config) < num_shards and time.monotonic() < deadline and process.poll() is None:
+        while not is_time() and time.monotonic() < deadline and process.poll() is None:
             time.sleep(0.02)
         os.kill(process.pid, signal_number)
-        output, _ = process.communicate(timeout=60)
-        return process.returncode, output
+        return process.communicate(timeout=60)[0]
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
@@ -196,8 +249,9 @@ def test_killed_driver_goes_on_where_it_was(cluster, slow, undisturbed, tmp_path
     folder = Path(config.output).parent / "calibration" / "results"
     before: dict[str, int] = {}
     for num_shards, signal_number in ((3, signal.SIGKILL), (7, signal.SIGINT)):
-        status, output = interrupted(config, tracking, num_shards, signal_number)
-        assert status == (130 if signal_number == signal.SIGINT else -signal.SIGKILL), output
+        process = sere(config, tracking)
+        output = interrupted(process, lambda number=num_shards: num_results(config) >= number, signal_number)
+        assert process.returncode == (130 if signal_number == signal.SIGINT else -signal.SIGKILL), output
         if signal_number == signal.SIGINT:
             assert "the same command continues" in output and "Traceback" not in output
         now = {file.name: file.stat().st_mtime_ns for file in folder.glob("shard-*")}
@@ -219,3 +273,25 @@ def test_killed_driver_goes_on_where_it_was(cluster, slow, undisturbed, tmp_path
     again = sere(config, tracking)
     output, _ = again.communicate(timeout=120)
     assert again.returncode == 0 and "Finished before" in output
+
+
+def test_killed_driver_goes_on_from_a_checkpoint(cluster, slow, in_groups, undisturbed_groups, tmp_path):
+    import mlflow
+
+    artifact = expected(undisturbed_groups, slow("undisturbed_groups", num_workers=2))
+    config, uri = slow(num_workers=1), f"sqlite:///{tmp_path}/ml.db"
+    interrupted(sere(config, f"tracking.uri={uri}", start=("-c", IN_GROUPS)), lambda: num_kept(config) >= 3, signal.SIGKILL)
+    kept, killed_at = num_kept(config), time.time() * 1000
+    assert kept >= 3
+    again = sere(config, f"tracking.uri={uri}", start=("-c", IN_GROUPS))
+    output, _ = again.communicate(timeout=180)
+    assert again.returncode == 0, output
+    found = SimilarityArtifact.load(config.output)
+    for key, matrix in artifact.matrices.items():
+        torch.testing.assert_close(found.matrices[key], matrix, atol=1e-6, rtol=0)
+    client = mlflow.MlflowClient(uri)
+    (run,) = client.search_runs([client.get_experiment_by_name("sere-calibration").experiment_id])
+    told = client.get_metric_history(run.info.run_id, "progress/tokens")
+    # The two groups of one shard, and then what the checkpoint lacks.
+    steps = [point.step for point in told if point.timestamp > killed_at]
+    assert steps == [1, 2, *range(3 + kept, NUM_SHARDS + 1)]

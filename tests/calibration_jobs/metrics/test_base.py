@@ -26,10 +26,19 @@ def test_names_of_version_0_1(key, name):
 
 def test_what_is_stored_is_read():
     sums = {SumKey(1, "cka", domain): torch.rand(2, 2, dtype=torch.float64) for domain in (None, 0, 1)}
-    found = ShardSums(sums=sums, num_tokens={None: 7, 0: 4, 1: 3}, elapsed_s=1.5, peak_memory_bytes=99)
+    found = ShardSums(sums=sums, num_tokens={None: 7, 0: 4, 1: 3}, num_shards=1, elapsed_s=1.5, peak_memory_bytes=99)
     tensors, info = found.to_result()
-    assert info == {"num_tokens": {"all": 7, "0": 4, "1": 3}, "elapsed_s": 1.5, "peak_memory_bytes": 99}, "as version 0.1 did"
-    assert ShardSums.from_result((tensors, json.loads(json.dumps(info)))) == found
+    of_version_0_1 = {"num_tokens": {"all": 7, "0": 4, "1": 3}, "elapsed_s": 1.5, "peak_memory_bytes": 99}
+    assert info == {**of_version_0_1, "num_shards": 1}
+    for values in (info, of_version_0_1):
+        assert ShardSums.from_result((tensors, json.loads(json.dumps(values)))) == found
+
+
+def test_sums_have_one_order_from_a_worker_and_from_a_file():
+    sums = {SumKey(layer, name): torch.eye(2) for layer in (2, 10) for name in ("frobenius", "cosine")}
+    tensors, info = ShardSums(sums=sums, num_tokens={None: 1}, num_shards=1, elapsed_s=0, peak_memory_bytes=0).to_result()
+    orders = [list(ShardSums.from_result((dict(order), info)).sums) for order in (tensors.items(), reversed(tensors.items()))]
+    assert orders[0] == orders[1] == sorted(sums, key=SumKey.to_name)
 
 
 def test_the_table_is_read_only_and_imports_what_it_is_asked_for():

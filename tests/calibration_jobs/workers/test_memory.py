@@ -47,7 +47,7 @@ thread = threading.Thread(target=watch)
 thread.start()
 worker.ready()
 rows = [TokenRow(tuple((i + j) % 250 for j in range(32)), "") for i in range(num_rows)]
-sums, _ = worker.sums(rows, ("",))
+((sums, _),) = worker.sums([rows], ("",))
 weights, _ = worker.weights()
 done = True
 thread.join()
