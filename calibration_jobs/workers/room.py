@@ -18,7 +18,7 @@ from sere.conf.schema import CalibrateConfig
 from sere.pipeline.runtime.storage import Storage
 
 _GROUPS, _GROUPS_BYTES = 64, 2 * 10**9
-_CHECKPOINT_S, _CHECKPOINT_BYTES_PER_S = 60.0, 50e6
+_CHECKPOINT_S, _CHECKPOINT_BYTES_PER_S = 300.0, 50e6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +68,7 @@ def most_groups(num_bytes: int) -> int:
 
 
 def checkpoint_interval(num_bytes: int, num_workers: int) -> float:
-    """Seconds between a worker's checkpoints: a minute, or more where the driver would get more than 50 MB of them a second.
+    """Seconds between a worker's checkpoints: five minutes, or more where the driver would get more than 50 MB of them a second.
 
     Args:
         num_bytes: Of one checkpoint.

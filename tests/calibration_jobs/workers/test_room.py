@@ -39,7 +39,7 @@ def test_groups_are_few_unless_their_results_are_small():
 
 
 def test_the_driver_gets_a_bounded_share_of_checkpoints():
-    assert checkpoint_interval(37_000_000, 8) == 60
+    assert checkpoint_interval(37_000_000, 8) == 300
     assert checkpoint_interval(2_600_000_000, 8) == pytest.approx(416)
 
 
