@@ -1,30 +1,35 @@
 """What a large job costs its driver: CPU seconds, memory and objects, with engines that answer at once.
 
-    python scripts/benchmarks/bench_scale.py --sizes 100000,1000000 --out docs/benchmarks/scale
+    python scripts/benchmarks/bench_scale.py --sizes 100000,1000000,10000000 --s3 100000,1000000 --out docs/benchmarks/scale
 
-Everything is real but the engines: Ray Data reads, references go to replica actors, those write parts, the driver counts and
-declares the job finished. Each job is killed (kill -9) at half of its rows and started again, so that resuming is measured too.
-CPU seconds say more than a busy machine's clock does.
+Everything is real but the engines: Ray Data reads, references go to replica actors, those write parts, the driver counts them,
+makes large files of small ones and declares the job finished. Each job is killed (kill -9) at half of its rows and started
+again, so that resuming is measured too. CPU seconds of the driver say more than a busy machine's clock does.
 """
 
 import argparse
 import json
+import os
 import resource
-import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from benchmark import environment, integers, positive, report, report_path
+from object_store import BUCKET, object_store, options_of
 from simulated_engine import simulate_engines
 
+from sere.pipeline.runtime.storage import Storage
+
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
 ROWS_PER_FILE = 250_000
 _TEXT = f"{'what a prompt of about ninety letters may look like, said at some length':80}"
 
@@ -40,7 +45,7 @@ def make_data(folder: Path, num_rows: int) -> Path:
     return folder
 
 
-def drive(arguments: argparse.Namespace) -> None:
+def drive(settings: list[str]) -> None:
     """One session of the job, in a process of its own; prints what its steps cost."""
     from sere.conf.load import load_config
     from sere.conf.schema import GenerateConfig
@@ -60,94 +65,104 @@ def drive(arguments: argparse.Namespace) -> None:
         return run
 
     driver._work, driver.finish = marked("work", work), marked("finish", finish)
-    config = load_config(
-        GenerateConfig,
-        str(ROOT / "conf/generate.yaml"),
-        [
-            f"data={arguments.data}",
-            f"output={arguments.output}",
-            "tracking.uri=null",
-            "reroute=null",
-            f"engine.num_replicas={arguments.replicas}",
-            "engine.cpus_per_replica=0.01",
-            f"checkpoint_rows={arguments.checkpoint_rows}",
-            f"model={ROOT / 'assets/demo-moe'}",
-        ],
-    )
+    config = load_config(GenerateConfig, str(ROOT / "conf/generate.yaml"), settings)
     begun, started = time.process_time(), time.monotonic()
     driver.generate(config)
     print(
         json.dumps(
             {
-                "seconds": time.monotonic() - started,
-                "to_begin": marks.get("before_work", marks["before_finish"]) - begun,
-                "to_work": marks.get("after_work", 0.0) - marks.get("before_work", 0.0),
-                "to_finish": marks["after_finish"] - marks["before_finish"],
+                "elapsed_s": time.monotonic() - started,
+                "to_begin_s": marks["before_work"] - begun,
+                "to_work_s": marks["after_work"] - marks["before_work"],
+                "to_finish_s": marks["after_finish"] - marks["before_finish"],
                 "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
             }
         )
     )
 
 
-def measure(folder: Path, num_rows: int, arguments: argparse.Namespace) -> dict[str, float]:
+def rows_in_parts(storage: Storage) -> tuple[int, int]:
+    """Rows that are written, and the number of files that hold them."""
+    rows, names = 0, list(storage.sizes("results"))
+    for name in names:
+        with storage.filesystem.open(storage.locate(name), "rb", cache_type="none") as opened:
+            rows += pq.read_metadata(opened).num_rows
+    return rows, len(names)
+
+
+def measure(folder: Path, num_rows: int, output: str, options: dict[str, Any], num_replicas: int) -> dict[str, Any]:
     """A job that is killed at half, and the one that goes on with it."""
-    data, output = make_data(folder / "data", num_rows), folder / "run"
-    command = [sys.executable, __file__, "--drive", "--data", str(data), "--output", str(output)]
-    command += ["--replicas", str(arguments.replicas), "--checkpoint-rows", str(arguments.checkpoint_rows)]
+    data, storage = make_data(folder / "data", num_rows), Storage(output, options)
+    settings = [f"data={data}", f"output={output}", f"model={ROOT / 'assets/demo-moe'}", "tracking.uri=null", "reroute=null"]
+    settings += [f"engine.num_replicas={num_replicas}", "engine.cpus_per_replica=0.01", "preserve_order=false"]
+    settings += ["batch_size=64", "concurrent_batches=8", f"storage_options={json.dumps(options)}"]
+    if num_rows < 1_000_000:
+        settings += ["checkpoint_interval_s=5"]
+    command = [sys.executable, __file__, "--drive", *settings]
     first = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
-    while first.poll() is None and sum(1 for _ in output.glob("results/*")) * arguments.checkpoint_rows < num_rows:
-        time.sleep(0.2)
-    kept = sum(pq.read_metadata(file).num_rows for file in output.glob("results/part-*.parquet"))
-    first.send_signal(signal.SIGKILL)
+    kept = peak = 0
+    while kept < num_rows / 2:
+        assert first.poll() is None, "the first session ended before half of the rows were written"
+        time.sleep(2)
+        kept, num_parts = rows_in_parts(storage)
+        peak = max(peak, num_parts)
+    os.killpg(first.pid, signal.SIGKILL)
     first.wait()
-    time.sleep(5)
+    time.sleep(20)
+    kept, _ = rows_in_parts(storage)
     second = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
     found = json.loads(second.stdout.splitlines()[-1])
-    files = [path for path in output.rglob("*") if path.is_file()]
-    manifest = json.loads((output / "manifest.json").read_text())
-    rows = sum(pq.read_metadata(output / name).num_rows for name in manifest["files"])
+    rows, num_parts = rows_in_parts(storage)
+    manifest = storage.get_json("manifest.json")
     assert rows == num_rows == manifest["metrics"]["num_rows"], f"{rows} of {num_rows} rows"
-    return {"num_rows": num_rows, "kept": kept, "objects": len(files), **found}
+    assert set(manifest["files"]) == set(storage.sizes("results"))
+    num_objects = len(storage.filesystem.find(storage.path))
+    where = "local" if storage.is_local else "S3"
+    return {"where": where, "num_rows": num_rows, "kept": kept, "parts_at_half": peak, "objects": num_objects, **found}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--sizes", type=integers, default=[100_000, 1_000_000], help="rows of the jobs (default: 100000,1000000)"
-    )
-    parser.add_argument("--replicas", type=positive, default=4, help="replica processes (default: 4)")
-    parser.add_argument("--checkpoint-rows", type=positive, default=8192, help="as in conf/generate.yaml (default: 8192)")
-    parser.add_argument("--out", type=report_path, help="write OUT.md and OUT.json")
-    parser.add_argument("--drive", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--data", help=argparse.SUPPRESS)
-    parser.add_argument("--output", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.drive:
-        drive(arguments)
+    if "--drive" in sys.argv:
+        drive(sys.argv[sys.argv.index("--drive") + 1 :])
         return
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", type=integers, default=[100_000, 1_000_000], help="rows of jobs on the local disk")
+    parser.add_argument("--s3", type=integers, default=[], help="rows of jobs on an S3 server on this machine")
+    parser.add_argument("--replicas", type=positive, default=16, help="replica processes (default: 16)")
+    parser.add_argument("--out", type=report_path, help="write OUT.md and OUT.json")
+    arguments = parser.parse_args()
     results = []
-    for size in arguments.sizes:
-        with tempfile.TemporaryDirectory(prefix="sere-scale-") as scratch:
-            results.append(measure(Path(scratch), size, arguments))
-            shutil.rmtree(Path(scratch) / "data", ignore_errors=True)
-        print(results[-1], flush=True)
+    for is_local, sizes in ((True, arguments.sizes), (False, arguments.s3)):
+        for size in sizes:
+            with tempfile.TemporaryDirectory(prefix="sere-scale-") as scratch, ExitStack() as stack:
+                options = {} if is_local else options_of(stack.enter_context(object_store()))
+                output = f"{scratch}/run" if is_local else f"s3://{BUCKET}/run"
+                results.append(measure(Path(scratch), size, output, options, arguments.replicas))
+            print(json.dumps(results[-1]), flush=True)
+    report("What a large job costs its driver", table(results, arguments.replicas), arguments.out, results=results)
+
+
+def table(results: list[dict[str, Any]], num_replicas: int) -> list[str]:
+    """The report's lines."""
     lines = [
         environment(),
         "",
-        f"{arguments.replicas} replicas with engines that answer at once, batch_size 64; the driver of the second session, "
-        "which finds half of the rows finished.",
+        f"{num_replicas} replica processes with engines that answer at once, batch_size 64, concurrent_batches 8, rows of about "
+        "100 bytes. CPU seconds and memory are those of the driver of the second session, which finds what the first had written "
+        "when it was killed at half.",
         "",
-        "| rows | found finished | CPU s to begin (describe, scan) | CPU s per million rows handed out | CPU s to finish | "
-        "peak memory of the driver, GiB | files |",
-        "|---|---|---|---|---|---|---|",
+        "| results on | rows | found finished | CPU s to resume (describe, scan) | CPU s per million rows handed out | "
+        "CPU s to finish | peak memory, GiB | parts when killed | objects at the end |",
+        "|---" * 9 + "|",
     ]
     for row in results:
-        done = max(1, row["num_rows"] - row["kept"])
+        done = row["num_rows"] - row["kept"]
         lines.append(
-            f"| {row['num_rows']:,} | {row['kept']:,} | {row['to_begin']:.1f} | {row['to_work'] / done * 1e6:.0f} | "
-            f"{row['to_finish']:.1f} | {row['peak_gib']:.2f} | {row['objects']} |"
+            f"| {row['where']} | {row['num_rows']:,} | {row['kept']:,} | {row['to_begin_s']:.1f} | "
+            f"{row['to_work_s'] / done * 1e6:.0f} | {row['to_finish_s']:.1f} | {row['peak_gib']:.2f} | {row['parts_at_half']} | "
+            f"{row['objects']} |"
         )
-    report("What a large job costs its driver", lines, arguments.out, results=results)
+    return lines
 
 
 if __name__ == "__main__":
