@@ -18,16 +18,32 @@ from sere.pipeline.runtime.storage import first_line
 
 # Small, so that the first rows of a large file arrive soon.
 _BLOCK_BYTES = 16 * 2**20
+_ROWS_PER_TABLE = 1024
 
 
-def _read(batch: dict[str, Any], *, source: Any, rows_per_table: int) -> Iterator[pa.Table]:
+def _read(batch: dict[str, Any], *, source: Any) -> Iterator[pa.Table]:
     """A Ray Data function: from the number of a file to its rows that are left."""
     import ray
 
     described, finished = ray.get(source[0])
     for index in batch["index"]:
         name = described.files[int(index)].name
-        yield from read_file(described, int(index), rows_per_table=rows_per_table, skip=finished.get(name))
+        tables, num_bytes = [], 0
+        for table in read_file(described, int(index), rows_per_table=_ROWS_PER_TABLE, skip=finished.get(name)):
+            tables.append(table)
+            num_bytes += table.nbytes
+            if num_bytes >= _BLOCK_BYTES:
+                yield _in_one_piece(tables)
+                tables, num_bytes = [], 0
+        if tables:
+            yield _in_one_piece(tables)
+
+
+def _in_one_piece(tables: list[pa.Table]) -> pa.Table:
+    """Every replica that is given a few of a block's rows opens all of its pieces: with a thousand of them that takes longer
+    than the rows do.
+    """
+    return pa.concat_tables(tables).combine_chunks()
 
 
 def read_batches(source: Source, finished: Finished, config: GenerateConfig) -> Iterator[Rows]:
@@ -51,7 +67,7 @@ def read_batches(source: Source, finished: Finished, config: GenerateConfig) -> 
         return
     # In a list: as an argument of its own Ray Data would not let it through.
     reference = [ray.put((source, finished.rows))]
-    read = functools.partial(_read, source=reference, rows_per_table=config.batch_size)
+    read = functools.partial(_read, source=reference)
     rows = ray.data.from_items(left, override_num_blocks=len(left)).map_batches(read, batch_size=1, num_cpus=0.5)
     if config.order_by:
         rows = rows.sort(list(config.order_by))

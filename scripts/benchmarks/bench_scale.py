@@ -45,8 +45,8 @@ def make_data(folder: Path, num_rows: int) -> Path:
     return folder
 
 
-def drive(settings: list[str]) -> None:
-    """One session of the job, in a process of its own; prints what its steps cost."""
+def drive(figures: Path, settings: list[str]) -> None:
+    """One session of the job, in a process of its own; writes what its steps cost."""
     from sere.conf.load import load_config
     from sere.conf.schema import GenerateConfig
     from sere.pipeline.generate import driver
@@ -68,7 +68,7 @@ def drive(settings: list[str]) -> None:
     config = load_config(GenerateConfig, str(ROOT / "conf/generate.yaml"), settings)
     begun, started = time.process_time(), time.monotonic()
     driver.generate(config)
-    print(
+    figures.write_text(
         json.dumps(
             {
                 "elapsed_s": time.monotonic() - started,
@@ -98,7 +98,8 @@ def measure(folder: Path, num_rows: int, output: str, options: dict[str, Any], n
     settings += ["batch_size=64", "concurrent_batches=8", f"storage_options={json.dumps(options)}"]
     if num_rows < 1_000_000:
         settings += ["checkpoint_interval_s=5"]
-    command = [sys.executable, __file__, "--drive", *settings]
+    figures = folder / "figures.json"
+    command = [sys.executable, __file__, "--drive", str(figures), *settings]
     first = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
     kept = peak = 0
     while kept < num_rows / 2:
@@ -110,8 +111,8 @@ def measure(folder: Path, num_rows: int, output: str, options: dict[str, Any], n
     first.wait()
     time.sleep(20)
     kept, _ = rows_in_parts(storage)
-    second = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
-    found = json.loads(second.stdout.splitlines()[-1])
+    subprocess.run(command, cwd=ROOT, check=True)
+    found = json.loads(figures.read_text())
     rows, num_parts = rows_in_parts(storage)
     manifest = storage.get_json("manifest.json")
     assert rows == num_rows == manifest["metrics"]["num_rows"], f"{rows} of {num_rows} rows"
@@ -122,8 +123,8 @@ def measure(folder: Path, num_rows: int, output: str, options: dict[str, Any], n
 
 
 def main() -> None:
-    if "--drive" in sys.argv:
-        drive(sys.argv[sys.argv.index("--drive") + 1 :])
+    if sys.argv[1:2] == ["--drive"]:
+        drive(Path(sys.argv[2]), sys.argv[3:])
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=integers, default=[100_000, 1_000_000], help="rows of jobs on the local disk")
@@ -147,9 +148,9 @@ def table(results: list[dict[str, Any]], num_replicas: int) -> list[str]:
     lines = [
         environment(),
         "",
-        f"{num_replicas} replica processes with engines that answer at once, batch_size 64, concurrent_batches 8, rows of about "
-        "100 bytes. CPU seconds and memory are those of the driver of the second session, which finds what the first had written "
-        "when it was killed at half.",
+        f"{num_replicas} replica processes with engines that answer at once, batch_size 64, concurrent_batches 8, rows of "
+        "about 100 bytes. CPU seconds and memory are those of the driver of the second session, which finds what the first "
+        "had written when it was killed at half.",
         "",
         "| results on | rows | found finished | CPU s to resume (describe, scan) | CPU s per million rows handed out | "
         "CPU s to finish | peak memory, GiB | parts when killed | objects at the end |",
@@ -159,8 +160,8 @@ def table(results: list[dict[str, Any]], num_replicas: int) -> list[str]:
         done = row["num_rows"] - row["kept"]
         lines.append(
             f"| {row['where']} | {row['num_rows']:,} | {row['kept']:,} | {row['to_begin_s']:.1f} | "
-            f"{row['to_work_s'] / done * 1e6:.0f} | {row['to_finish_s']:.1f} | {row['peak_gib']:.2f} | {row['parts_at_half']} | "
-            f"{row['objects']} |"
+            f"{row['to_work_s'] / done * 1e6:.0f} | {row['to_finish_s']:.1f} | {row['peak_gib']:.2f} | "
+            f"{row['parts_at_half']} | {row['objects']} |"
         )
     return lines
 
