@@ -109,7 +109,7 @@ class Parts:
             pyarrow.ArrowException, OSError: if it is damaged, or the storage does not answer.
         """
         try:
-            with self.storage.filesystem.open(self.storage.locate(name), "rb") as opened:
+            with self.storage.filesystem.open(self.storage.locate(name), "rb", cache_type="none") as opened:
                 return pq.read_table(opened, columns=columns)
         except Exception:
             # Once more as a whole, which is tried again while a storage does not answer.
