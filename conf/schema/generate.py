@@ -67,6 +67,9 @@ class GenerateConfig:
     order_by: tuple[str, ...] = ()
     """Columns to sort rows by before they are generated: rows decoded together that are alike, of one task say, need fewer
     experts (docs/generation.md)."""
+    group_by_prefix: bool = False
+    """Put rows in order of their prompts, within order_by, and send those that begin alike to the same replica, whose prefix
+    cache has what they share (docs/generation.md)."""
     preserve_order: bool = False
     """Results in the input's order, written at the end; false: in the order of finishing, which saves writing them twice."""
     part_mib: float = 32
@@ -88,8 +91,8 @@ class GenerateConfig:
     retry_errors: bool = False
     """Do the rows again that have errors, also of a finished job. A row keeps its error until there is an answer."""
     allow_mixed_batch: bool = False
-    """Let a job that re-routes go on with another max_num_seqs, batch_size, concurrent_batches or order_by than before: its
-    rows have then met others in their steps, and `sere compare` does not recommend its configuration."""
+    """Let a job that re-routes go on with another max_num_seqs, batch_size, concurrent_batches, order_by or group_by_prefix
+    than before: its rows have then met others in their steps, and `sere compare` does not recommend its configuration."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """What is generated for a prompt; names and meanings are those of vLLM's SamplingParams."""
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -113,5 +116,10 @@ class GenerateConfig:
                 raise ConfigError(f"{name} must be above 0, got {getattr(self, name)}")
         if self.template is not None and self.messages_column is not None:
             raise ConfigError("template and messages_column both make the prompt: set one of them")
+        if self.group_by_prefix and self.engine.engine_kwargs.get("enable_prefix_caching", True) is False:
+            raise ConfigError(
+                "group_by_prefix needs the engine's prefix cache, which engine.engine_kwargs.enable_prefix_caching=false turns "
+                "off: leave out one of them"
+            )
         if self.lora_column is not None and not self.engine.lora_adapters:
             raise ConfigError("lora_column needs engine.lora_adapters: name the adapters")

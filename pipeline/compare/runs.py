@@ -65,6 +65,7 @@ _GROUP = (
     "batch_size",
     "concurrent_batches",
     "order_by",
+    "group_by_prefix",
     "engine.max_num_seqs",
     "engine.max_model_len",
     "engine.dtype",

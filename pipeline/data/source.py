@@ -13,6 +13,8 @@ Bounds = dict[str, tuple[int, int]]
 and spans of time in nanoseconds. What is not there is not known."""
 PROBLEM = "sere_problem"
 """Column of the reader: what is wrong with a row that cannot be read, "" if nothing is."""
+PROMPT = "sere_prompt"
+"""Column with a row's prompt, while rows are put in order of prompts."""
 FILE_NUMBER = "sere_file"
 """Column with the number of a row's file, while rows are put in order."""
 PLACE = pa.schema([("source_file", pa.string()), ("source_row", pa.int64())])

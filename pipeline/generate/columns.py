@@ -5,7 +5,7 @@ import pyarrow as pa
 from sere.conf.errors import ConfigError
 from sere.conf.masking import mask_uri
 from sere.conf.schema import GenerateConfig
-from sere.pipeline.data.source import FILE_NUMBER, PROBLEM, InputSpec
+from sere.pipeline.data.source import FILE_NUMBER, PROBLEM, PROMPT, InputSpec
 from sere.pipeline.evaluate.scorers import EXACT_MATCH
 from sere.pipeline.generate.replica.answers import RESULT_SCHEMA
 
@@ -47,7 +47,7 @@ def check_columns(config: GenerateConfig, schema: pa.Schema) -> None:
     for key, column in wanted.items():
         if column is not None and column not in schema.names:
             raise ConfigError(f"{shown} has no column {column!r} (there: {', '.join(schema.names)}): set {key}")
-    made = {*RESULT_SCHEMA.names, PROBLEM, FILE_NUMBER, *([EXACT_MATCH] if references_of(config, schema) else [])}
+    made = {*RESULT_SCHEMA.names, PROBLEM, PROMPT, FILE_NUMBER, *([EXACT_MATCH] if references_of(config, schema) else [])}
     for name in schema.names:
         if name in made:
             raise ConfigError(f"{shown} has a column {name!r}, which the result would overwrite: rename it")

@@ -44,6 +44,7 @@ from sere.pipeline.generate.record import Session, known_input, next_session, re
 from sere.pipeline.generate.replica.answers import Answer, answer_table
 from sere.pipeline.generate.replica.starter import ReplicaStarter, wanted_room
 from sere.pipeline.runtime.job_folder import JobFolder
+from sere.pipeline.runtime.older_jobs import settings_then
 from sere.pipeline.runtime.storage import Storage
 from sere.pipeline.tracking.tracker import NullTracker, resume, track
 
@@ -174,6 +175,7 @@ def _warn_of_mixing(config: GenerateConfig, earlier: list[Session], tracker: Nul
     """Say, and record, in what the sessions of this job differ that their answers may depend on."""
     now = conditions(config)
     before = next((session.conditions for session in reversed(earlier) if session.conditions), now)
+    before = settings_then(before, now, GENERATE.absent)
     if before == now:
         return
     _log.warning(

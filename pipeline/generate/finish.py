@@ -126,6 +126,7 @@ def _speed(sessions: list[Session]) -> dict[str, float]:
     """Over all sessions; a row that was done again counts as often as it was done."""
     seconds = sum(session.generation_s for session in sessions)
     tokens = sum(session.generated_tokens for session in sessions)
+    asked, found = (sum(getattr(session, f"prefix_cache_{what}") for session in sessions) for what in ("queries", "hits"))
     return {
         "elapsed_s": sum(session.elapsed_s for session in sessions),
         "startup_s": sum(session.startup_s for session in sessions),
@@ -134,6 +135,7 @@ def _speed(sessions: list[Session]) -> dict[str, float]:
         "num_sessions": len(sessions),
         "num_replaced_replicas": sum(session.num_replaced for session in sessions),
         **({"tokens_per_s": tokens / seconds} if seconds > 0 else {}),
+        **({"prefix_cache_hit_rate": found / asked} if asked else {}),
     }
 
 

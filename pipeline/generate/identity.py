@@ -73,7 +73,7 @@ _CONDITIONS = (
     ),
 )
 # Without re-routing a row's answer does not depend on them.
-BATCHING = ("engine.max_num_seqs", "batch_size", "concurrent_batches", "order_by")
+BATCHING = ("engine.max_num_seqs", "batch_size", "concurrent_batches", "order_by", "group_by_prefix")
 """Keys of the settings that say what rows meet in a step."""
 _FREE_OF_ENGINE = (
     "num_replicas",

@@ -11,9 +11,11 @@ from sere.conf.errors import ConfigError, TryAgainError
 from sere.conf.masking import mask_uri
 from sere.conf.schema import GenerateConfig
 from sere.pipeline.data.read import read_file
-from sere.pipeline.data.source import Source
-from sere.pipeline.generate.dispatch.work import Rows, cut
+from sere.pipeline.data.source import PROMPT, Source
+from sere.pipeline.generate.dispatch.prefixes import cut_at_prefixes, measure
+from sere.pipeline.generate.dispatch.work import Batch, Rows, cut
 from sere.pipeline.generate.parts import Finished
+from sere.pipeline.generate.replica.requests import prompt_texts
 from sere.pipeline.runtime.storage import first_line
 
 # Small, so that the first rows of a large file arrive soon.
@@ -21,17 +23,18 @@ _BLOCK_BYTES = 16 * 2**20
 _ROWS_PER_TABLE = 1024
 
 
-def _read(batch: dict[str, Any], *, source: Any) -> Iterator[pa.Table]:
-    """A Ray Data function: from the number of a file to its rows that are left."""
+def _read(batch: dict[str, Any], *, source: Any, config: GenerateConfig) -> Iterator[pa.Table]:
+    """A Ray Data function: from the number of a file to its rows that are left, with their prompts if rows go by those."""
     import ray
 
     described, finished = ray.get(source[0])
+    prompts = prompt_texts(config) if config.group_by_prefix else None
     for index in batch["index"]:
         name = described.files[int(index)].name
         tables, num_bytes = [], 0
         for table in read_file(described, int(index), rows_per_table=_ROWS_PER_TABLE, skip=finished.get(name)):
-            tables.append(table)
-            num_bytes += table.nbytes
+            tables.append(table if prompts is None else table.append_column(PROMPT, prompts(table)))
+            num_bytes += tables[-1].nbytes
             if num_bytes >= _BLOCK_BYTES:
                 yield _in_one_piece(tables)
                 tables, num_bytes = [], 0
@@ -46,9 +49,9 @@ def _in_one_piece(tables: list[pa.Table]) -> pa.Table:
     return pa.concat_tables(tables).combine_chunks()
 
 
-def read_batches(source: Source, finished: Finished, config: GenerateConfig) -> Iterator[Rows]:
-    """The rows that are not finished, `batch_size` at a time, in the input's order or by `order_by`; they stay where Ray has
-    read them.
+def read_batches(source: Source, finished: Finished, config: GenerateConfig) -> Iterator[Batch]:
+    """The rows that are not finished, `batch_size` at a time, in the input's order or by `order_by` and by their prompts; they
+    stay where Ray has read them.
     """
     import ray
     import ray.data
@@ -67,14 +70,18 @@ def read_batches(source: Source, finished: Finished, config: GenerateConfig) -> 
         return
     # In a list: as an argument of its own Ray Data would not let it through.
     reference = [ray.put((source, finished.rows))]
-    read = functools.partial(_read, source=reference)
+    read = functools.partial(_read, source=reference, config=config)
     rows = ray.data.from_items(left, override_num_blocks=len(left)).map_batches(read, batch_size=1, num_cpus=0.5)
-    if config.order_by:
-        rows = rows.sort(list(config.order_by))
+    if order := [*config.order_by, *([PROMPT] if config.group_by_prefix else [])]:
+        rows = rows.sort(order)
     bundles = rows.iter_internal_ref_bundles()
     blocks = (Rows(((entry.ref, 0, entry.metadata.num_rows),)) for bundle in bundles for entry in bundle.blocks)
+    blocks = (block for block in blocks if len(block))
     try:
-        yield from cut((block for block in blocks if len(block)), config.batch_size)
+        if config.group_by_prefix:
+            yield from cut_at_prefixes(measure(blocks), config.batch_size)
+        else:
+            yield from map(Batch, cut(blocks, config.batch_size))
     except ray.exceptions.RayTaskError as error:
         cause = error.cause
         if isinstance(cause, ConfigError):

@@ -105,6 +105,8 @@ class Monitor:
         # A row that is answered twice because its replica died counts twice here, and once in the results.
         session.num_rows = sum(handle.status.num_rows for handle in handles)
         session.generated_tokens = sum(handle.status.generated_tokens for handle in handles)
+        session.prefix_cache_queries = sum(handle.status.prefix_cache_queries for handle in handles)
+        session.prefix_cache_hits = sum(handle.status.prefix_cache_hits for handle in handles)
         session.num_replaced = dispatcher.num_replaced
         firsts = [handle.status.first_request for handle in handles if handle.status.first_request is not None]
         lasts = [handle.status.last_answer for handle in handles if handle.status.last_answer is not None]
@@ -166,6 +168,8 @@ class Monitor:
         if before:
             seconds = self._last["time"] - before["time"]
             metrics["progress/tokens_per_s"] = max(0, session.generated_tokens - before["tokens"]) / max(seconds, 1e-9)
+        if session.prefix_cache_queries:
+            metrics["progress/prefix_cache_hit_rate"] = session.prefix_cache_hits / session.prefix_cache_queries
         for handle in handles:
             if handle.name in self._ended:
                 continue

@@ -32,6 +32,10 @@ class Session:
     generated_tokens: int = 0
     num_rows: int = 0
     num_replaced: int = 0
+    prefix_cache_queries: int = 0
+    """Tokens of prompts that were looked for in the engines' prefix caches."""
+    prefix_cache_hits: int = 0
+    """Of those, tokens that were there."""
     counters: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)
     """SERE's counters by layer, summed over replicas."""
     conditions: dict[str, Any] = dataclasses.field(default_factory=dict)

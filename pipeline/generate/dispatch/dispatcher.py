@@ -8,9 +8,11 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from sere.conf.errors import ConfigError, TryAgainError
+from sere.pipeline.generate.dispatch.affinity import Affinity
 from sere.pipeline.generate.dispatch.again import next_tries
 from sere.pipeline.generate.dispatch.read_ahead import ReadAhead
 from sere.pipeline.generate.dispatch.starts import Starts
@@ -18,6 +20,8 @@ from sere.pipeline.generate.dispatch.work import Batch, Death, Handle, Rows, dea
 
 _log = logging.getLogger(__name__)
 _POLL_S = 1.0
+# Batches per replica among which it finds those that go on with its prefixes; and of all replicas.
+_LOOK_AHEAD, _MOST_LOOKED_AT = 32, 1000
 # Replicas that die so often without any row being written in between will not do better.
 _MAX_DEATHS_IN_VAIN = 8
 
@@ -36,7 +40,7 @@ class Dispatcher:
         stall_timeout_s: float,
         left_of: Callable[[str, Sequence[Rows]], tuple[int, list[Rows]]],
         give_up: Callable[[Rows, str], None],
-        split: Callable[[Rows], list[Batch]],
+        split: Callable[[Batch], list[Batch]],
     ) -> None:
         """No replica is started yet.
 
@@ -49,7 +53,7 @@ class Dispatcher:
             stall_timeout_s: Seconds without progress after which a replica that has work counts as dead.
             left_of: Of the dead replica of this name, and the batches it had: rows in its parts, and rows that are not.
             give_up: Takes rows that will not be tried again, and why.
-            split: Makes batches of the rows that are read together.
+            split: Makes batches of one as it is read, for rows that have been tried.
         """
         self._end, self._num_replicas = end, num_replicas
         self._concurrent_batches, self._max_retries = concurrent_batches, max_retries
@@ -64,6 +68,7 @@ class Dispatcher:
         self._polls: dict[Any, Handle] = {}
         self._again: deque[Batch] = deque()
         self._alone: deque[Batch] = deque()
+        self._affinity = Affinity()
         self._num_batches = self._deaths_in_vain = self._num_written = self._num_given_up = 0
         self.num_replaced = 0
         self.first_ready: float | None = None
@@ -71,17 +76,19 @@ class Dispatcher:
         self.finished: float | None = None
         """When everything was answered and written."""
 
-    def run(self, rows: Iterable[Rows]) -> Iterator[None]:
+    def run(self, batches: Iterable[Batch]) -> Iterator[None]:
         """Work until all rows are answered and written. Yields about once a second, for whoever watches.
 
         Args:
-            rows: Those of a batch at a time.
+            batches: As they are read.
 
         Raises:
             ConfigError: if replicas cannot start, or cannot write.
             TryAgainError: if they keep dying.
         """
-        with ReadAhead(rows, self._split, size=self._num_replicas * self._concurrent_batches) as ahead:
+        size = self._num_replicas * self._concurrent_batches
+        size_in_order = max(size, min(self._num_replicas * _LOOK_AHEAD, _MOST_LOOKED_AT))
+        with ReadAhead(batches, self._split, size=size, size_in_order=size_in_order) as ahead:
             for _ in range(self._num_replicas):
                 self.starts.add()
             polled = time.monotonic()
@@ -108,7 +115,8 @@ class Dispatcher:
             free = [h for h in self.replicas.values() if h is not own and len(h.running) < self._concurrent_batches]
             if not free:
                 return
-            batch = self._again.popleft() if self._again else ahead.take()
+            handle = min(free, key=lambda handle: len(handle.running))
+            batch = self._again.popleft() if self._again else ahead.take(partial(self._affinity.choose, handle))
             if batch is None:
                 return
             if batch.hopeless:
@@ -118,7 +126,7 @@ class Dispatcher:
                 self._alone.append(batch)
                 return
             else:
-                self._give(min(free, key=lambda handle: len(handle.running)), batch)
+                self._give(handle, batch)
 
     def _one_for_rows_alone(self) -> Handle | None:
         """The replica that has, or is about to have, rows that must be alone; None if there are no such rows."""
@@ -144,6 +152,7 @@ class Dispatcher:
             handle.progressed = time.monotonic()
         handle.batches[number] = batch
         handle.running.add(number)
+        self._affinity.note(handle, batch)
         spans, blocks = batch.rows.arguments()
         self._calls[handle.actor.generate.remote(number, batch.num_tries, batch.alone, spans, *blocks)] = handle, number
 
@@ -208,6 +217,7 @@ class Dispatcher:
             return
         self._end(handle.actor)
         self.gone.append(handle)
+        self._affinity.forget(handle)
         self._calls = {ref: call for ref, call in self._calls.items() if call[0] is not handle}
         self._polls = {ref: polled for ref, polled in self._polls.items() if polled is not handle}
         numbers = list(handle.batches)

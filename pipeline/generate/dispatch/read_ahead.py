@@ -1,76 +1,87 @@
 """Reads batches in a thread, so that a slow input does not keep replicas waiting that have finished something."""
 
-import queue
 import threading
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
 
-from sere.pipeline.generate.dispatch.work import Batch, Rows
+from sere.pipeline.generate.dispatch.work import Batch
 
 _END_S = 5.0
+_MOMENT_S = 0.05
 
 
 class ReadAhead:
     """Use as a context manager: it reads while it is open."""
 
-    _END = object()
-
-    def __init__(self, rows: Iterable[Rows], split: Callable[[Rows], list[Batch]], *, size: int) -> None:
+    def __init__(
+        self, batches: Iterable[Batch], split: Callable[[Batch], list[Batch]], *, size: int, size_in_order: int
+    ) -> None:
         """Nothing is read yet.
 
         Args:
-            rows: Some at a time.
-            split: Makes batches of them.
+            batches: As they are read.
+            split: Makes batches of one, for rows that have been tried.
             size: Most of them that wait.
+            size_in_order: The same for batches in the order of their prompts: all of those are read before the first comes, and
+                the more wait the more often a replica finds one that goes on with what it has.
         """
-        self._queue: queue.Queue[Any] = queue.Queue(maxsize=size)
-        self._rows, self._split = rows, split
-        self._stop = threading.Event()
+        self._batches, self._split = batches, split
+        self._size, self._size_in_order = size, size_in_order
+        self._waiting: list[Batch] = []
+        self._changed = threading.Condition()
+        self._is_read = self._is_stopped = False
         self._thread = threading.Thread(target=self._read, daemon=True)
         self._error: BaseException | None = None
-        self.is_finished = False
+
+    @property
+    def is_finished(self) -> bool:
         """Every batch was taken."""
+        with self._changed:
+            return self._is_read and not self._waiting
 
     def __enter__(self) -> "ReadAhead":
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stop.set()
+        with self._changed:
+            self._is_stopped = True
+            self._changed.notify_all()
         # Whoever ends Ray next must not meet a thread that would start it again.
         self._thread.join(timeout=_END_S)
 
     def _read(self) -> None:
         try:
-            for rows in self._rows:
-                for batch in self._split(rows):
+            for read in self._batches:
+                for batch in self._split(read):
                     self._put(batch)
-                if self._stop.is_set():
+                if self._is_stopped:
                     return
-            self._put(self._END)
+            with self._changed:
+                self._is_read = True
+                self._changed.notify_all()
         except BaseException as error:
             self._error = error
 
-    def _put(self, item: Any) -> None:
-        while not self._stop.is_set():
-            try:
-                self._queue.put(item, timeout=0.5)
-                return
-            except queue.Full:
-                continue
+    def _put(self, batch: Batch) -> None:
+        size = self._size if batch.place is None else self._size_in_order
+        with self._changed:
+            self._changed.wait_for(lambda: len(self._waiting) < size or self._is_stopped)
+            self._waiting.append(batch)
+            self._changed.notify_all()
 
-    def take(self) -> Batch | None:
-        """The next batch, if one is read within a moment: a replica has room for it."""
-        if self.is_finished:
-            return None
-        try:
-            item = self._queue.get(timeout=0.05)
-        except queue.Empty:
-            return None
-        if item is self._END:
-            self.is_finished = True
-            return None
-        return item
+    def take(self, choose: Callable[[Sequence[Batch]], int]) -> Batch | None:
+        """A batch, if one is read within a moment: a replica has room for it.
+
+        Args:
+            choose: Of those that wait, in the order of reading, the number of the one to take.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or self._is_read, timeout=_MOMENT_S)
+            if not self._waiting:
+                return None
+            batch = self._waiting.pop(choose(self._waiting))
+            self._changed.notify_all()
+            return batch
 
     def check(self) -> None:
         """Raise what reading raised, at once: engines may take minutes to start."""

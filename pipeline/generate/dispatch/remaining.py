@@ -1,5 +1,6 @@
 """Ray tasks that look at rows where they lie, so that they need not pass through the driver."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -96,17 +97,17 @@ class Split:
         self._tries, self._max_retries = tries, max_retries
         self._num_awaited = sum(len(rows) for rows in tries.values())
 
-    def __call__(self, rows: Rows) -> list[Batch]:
+    def __call__(self, batch: Batch) -> list[Batch]:
         """The batches; keys are asked for only until all rows that somebody died with have come."""
         if not self._num_awaited:
-            return [Batch(rows)]
+            return [batch]
         import ray
 
-        spans, blocks = rows.arguments()
+        spans, blocks = batch.rows.arguments()
         keys = found(ray.remote(num_cpus=0)(_keys).remote(spans, *blocks))
-        batches = split_by_tries(rows, keys, self._tries, max_retries=self._max_retries)
-        self._num_awaited -= sum(len(batch.rows) for batch in batches if batch.num_tries)
-        return batches
+        batches = split_by_tries(batch.rows, keys, self._tries, max_retries=self._max_retries)
+        self._num_awaited -= sum(len(some.rows) for some in batches if some.num_tries)
+        return [dataclasses.replace(some, place=batch.place, shared=batch.shared) for some in batches]
 
 
 def _keys(spans: list[tuple[int, int]], *blocks: pa.Table) -> pa.Table:

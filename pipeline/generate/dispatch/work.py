@@ -65,6 +65,10 @@ class Batch:
     """A replica that has these rows has no others."""
     hopeless: bool = False
     """Not to be tried: earlier sessions have found these rows out."""
+    place: int | None = None
+    """In the order of prompts, where rows are in that order and these have not been tried."""
+    shared: int = 0
+    """Bytes that its first prompt has in common with the last one of the batch before; 0 if that is next to nothing."""
 
 
 @dataclass

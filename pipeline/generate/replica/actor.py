@@ -215,6 +215,8 @@ class Replica:
             status.num_running = scheduler.num_running_reqs
             status.num_waiting = scheduler.num_waiting_reqs
             status.kv_cache_usage = scheduler.kv_cache_usage
+            status.prefix_cache_queries = self._engine.prefix_cache_queries
+            status.prefix_cache_hits = self._engine.prefix_cache_hits
         if self._stats_dir is not None:
             from sere.ops.engine.counters import read_counters
 

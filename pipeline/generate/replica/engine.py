@@ -45,6 +45,8 @@ class ReplicaEngine:
         self._last_parameters: tuple[dict[str, Any], Any] | None = None
         self.scheduler: Any = None
         """vLLM's latest `SchedulerStats`; None before the first step."""
+        self.prefix_cache_queries = self.prefix_cache_hits = 0
+        """Tokens of prompts that were looked for in the prefix cache, and those that were there."""
         engine = self
 
         class Scheduler(PrometheusStatLogger):
@@ -55,6 +57,9 @@ class ReplicaEngine:
             def record(self, scheduler_stats: Any, *args: Any, **kwargs: Any) -> None:
                 if scheduler_stats is not None:
                     engine.scheduler = scheduler_stats
+                    # Of the prompts that this step began with; those that were pushed out and come back are not among them.
+                    engine.prefix_cache_queries += scheduler_stats.prefix_cache_stats.queries
+                    engine.prefix_cache_hits += scheduler_stats.prefix_cache_stats.hits
 
             def log(self) -> None: ...
 
@@ -66,6 +71,11 @@ class ReplicaEngine:
         )
         if "sere" in arguments.get("additional_config", {}):
             _refuse_without_plugin(self._engine)
+        if config.group_by_prefix and not self._engine.vllm_config.cache_config.enable_prefix_caching:
+            self._engine.engine_core.shutdown()
+            raise ConfigError(
+                f"group_by_prefix needs the engine's prefix cache, which vLLM does not use for {config.model}: leave it out"
+            )
         self._loop = EngineLoop(self._engine)
         self._adapters = _lora_requests(config)
 
@@ -73,12 +83,13 @@ class ReplicaEngine:
         """Answer a prompt once: what engines only do at their first request is part of the start, and so is its failing.
 
         It makes one token, which takes no decode step, from several, as one alone would look like a decode step: nothing is
-        counted.
+        counted, nor is what it asks of the prefix cache.
         """
         from vllm import SamplingParams, TokensPrompt
 
         prompt = TokensPrompt(prompt_token_ids=[0] * 8)
         await self._loop.generate(prompt, SamplingParams(max_tokens=1))
+        self.prefix_cache_queries = self.prefix_cache_hits = 0
         # All that is there by now stays: looking through it for garbage takes half a second each time, in the midst of work.
         gc.collect()
         gc.freeze()

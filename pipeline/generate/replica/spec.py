@@ -35,6 +35,10 @@ class ReplicaStatus:
     first_request: float | None = None
     """Unix time, as the next."""
     last_answer: float | None = None
+    prefix_cache_queries: int = 0
+    """Tokens of prompts that were looked for in the engine's prefix cache."""
+    prefix_cache_hits: int = 0
+    """Of those, tokens that were there."""
     num_written: int = 0
     """Rows in its parts."""
     num_steps: int = 0

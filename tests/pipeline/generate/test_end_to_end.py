@@ -227,6 +227,24 @@ def test_chat_with_parameters_of_each_row(folder, chat_model):
     assert sorted(errors["source_row"].to_pylist()) == [3, 5, 6, 7, 8]
 
 
+def test_rows_that_begin_alike_find_their_prefix_in_the_cache(folder):
+    rows = [{"prompt": f"{number} {'abcdefgh' * 16} {row}="} for number in range(8) for row in range(8)]
+    rows = [rows[8 * (n % 8) + n // 8] for n in range(64)]
+    (folder / "shared.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    settings = [f"data={folder}/shared.jsonl", "reroute=null", "batch_size=8", "concurrent_batches=2", "sampling.max_tokens=8"]
+    # The cache holds one row at a time, or little more.
+    settings += ["engine.max_num_seqs=1", "engine.kv_cache_gib=0.0006", "engine.engine_kwargs={block_size: 32}"]
+    texts, rates = [], []
+    for name in ("scattered", "grouped"):
+        result = generate(folder, name, *settings, f"group_by_prefix={str(name == 'grouped').lower()}")
+        assert result["source_row"].to_pylist() == list(range(64)) and not any(result["error"].to_pylist())
+        texts.append(result["generated_text"].to_pylist())
+        rates.append(json.loads((folder / name / "summary.json").read_text())["prefix_cache_hit_rate"])
+    assert texts[0] == texts[1]
+    assert rates[0] < 0.1 and 0.6 < rates[1] < 128 / 134, "seven of eight rows find 128 tokens"
+    assert runs(folder, "e")["grouped"].data.metrics["prefix_cache_hit_rate"] == rates[1]
+
+
 def test_too_many_errors_end_the_job(folder):
     (folder / "bad.jsonl").write_text("\n".join(json.dumps({"prompt": None}) for _ in range(120)))
     settings = [f"data={folder}/bad.jsonl", f"output={folder}/bad", "tracking.uri=", "reroute=null", "max_error_ratio=0.1"]

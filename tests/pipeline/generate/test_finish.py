@@ -20,7 +20,7 @@ from sere.pipeline.generate.columns import input_spec
 from sere.pipeline.generate.finish import finish
 from sere.pipeline.generate.identity import GENERATE
 from sere.pipeline.generate.parts import PartFacts, Parts
-from sere.pipeline.generate.record import read_manifest, sweep
+from sere.pipeline.generate.record import Session, read_manifest, sweep, write_session
 from sere.pipeline.generate.replica.answers import Answer, answer_table
 from sere.pipeline.runtime.job_folder import JobFolder
 from sere.pipeline.runtime.storage import Storage
@@ -118,6 +118,16 @@ def test_figures_and_order(config, small):
     assert "exact_match" not in metrics
     with pytest.raises(KeyError):
         job.results("exact_match")
+
+
+def test_what_prefix_caches_had_over_all_sessions(config):
+    job = Job(config)
+    storage = Storage(config.output)
+    write_session(storage, Session(1))
+    assert "prefix_cache_hit_rate" not in job.finish(), "nobody asked"
+    write_session(storage, Session(2, prefix_cache_queries=300, prefix_cache_hits=210))
+    write_session(storage, Session(3, prefix_cache_queries=100, prefix_cache_hits=10))
+    assert job.finish()["prefix_cache_hit_rate"] == storage.get_json("summary.json")["prefix_cache_hit_rate"] == 0.55
 
 
 MORE_STEPS = [pytest.param(step, marks=pytest.mark.long) for step in ("sort", "first part")]

@@ -86,6 +86,19 @@ def test_gauges_of_a_dead_replica_end_at_zero(watch):
     assert (session.num_rows, session.generated_tokens) == (30, 200)
 
 
+def test_what_prefix_caches_had_is_summed_over_replicas(watch):
+    """Also over those that are gone."""
+    dispatcher, update, storage = watch
+    one, other = (replica(f"r{n}", prefix_cache_queries=100 * n, prefix_cache_hits=60 * n) for n in (1, 3))
+    dispatcher.replicas = {handle.actor: handle for handle in (one, other)}
+    assert update()["progress/prefix_cache_hit_rate"] == 0.6
+    die(dispatcher, one)
+    other.status.prefix_cache_queries += 100
+    assert update(final=True)["progress/prefix_cache_hit_rate"] == 0.48
+    (session,) = read_sessions(storage)
+    assert (session.prefix_cache_queries, session.prefix_cache_hits) == (500, 240)
+
+
 def test_active_experts_of_a_dead_replica_are_recorded_once_more(watch):
     """Since its last record it has made steps, which then count once."""
     dispatcher, update, _ = watch

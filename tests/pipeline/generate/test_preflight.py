@@ -8,8 +8,10 @@ import pytest
 from sere.conf.errors import ConfigError
 from sere.conf.schema import EngineConfig, GenerateConfig, RerouteConfig
 from sere.ops.similarity import SimilarityArtifact
-from sere.pipeline.generate.identity import job_settings
+from sere.pipeline.generate import driver
+from sere.pipeline.generate.identity import BATCHING, conditions, free_settings, job_settings
 from sere.pipeline.generate.preflight import engine_arguments, prepare_reroute
+from sere.pipeline.generate.record import Session
 from sere.pipeline.runtime.model_facts import ModelFacts, read_model_facts
 from tests.conftest import DEMO_MODEL
 
@@ -94,3 +96,18 @@ def test_the_commit_and_not_its_name_is_what_the_job_is_of():
 
     assert settings("main") == settings(None) == settings(COMMIT)
     assert settings(None)["model_digest"] == f"commit:{COMMIT}" and "model_revision" not in settings(None)
+
+
+def test_which_rows_meet_is_what_a_job_is_where_it_re_routes():
+    settings = job_settings(config_of(), model_digest="m", fingerprints={}, artifact=b"")
+    assert set(BATCHING) <= set(settings) and settings["group_by_prefix"] is False
+    assert set(BATCHING) <= free_settings(config_of()) & free_settings(config_of(reroute=RerouteConfig(policy="none")))
+    assert not set(BATCHING) & free_settings(config_of(reroute=RerouteConfig(policy="oea")))
+
+
+def test_a_session_from_before_a_setting_differs_in_nothing(caplog):
+    now = conditions(config_of())
+    driver._warn_of_mixing(config_of(), [Session(1, conditions={k: v for k, v in now.items() if k != "group_by_prefix"})], None)
+    assert not caplog.records
+    driver._warn_of_mixing(config_of(), [Session(1, conditions={**now, "group_by_prefix": True})], None)
+    assert "group_by_prefix was True, is False" in caplog.text

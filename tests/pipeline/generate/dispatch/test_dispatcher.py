@@ -13,8 +13,9 @@ import pytest
 from sere.conf.errors import ConfigError, TryAgainError
 from sere.pipeline.generate.attempts import Tried
 from sere.pipeline.generate.dispatch.dispatcher import Dispatcher
+from sere.pipeline.generate.dispatch.prefixes import cut_at_prefixes, measure
 from sere.pipeline.generate.dispatch.remaining import Split, left_of, read
-from sere.pipeline.generate.dispatch.work import Rows, cut, joined
+from sere.pipeline.generate.dispatch.work import Batch, Rows, cut, joined
 from sere.pipeline.generate.parts import Parts
 from sere.pipeline.generate.replica.answers import Answer, answer_table
 from sere.pipeline.generate.replica.spec import ReplicaStatus
@@ -119,7 +120,12 @@ def job(local_ray, tmp_path):
                 some = prompts[at : at + 13]
                 positions = pa.array(range(at, at + len(some)), pa.int64())
                 table = pa.table({"prompt": some, "source_file": ["f"] * len(some), "source_row": positions})
+                if options.get("group_by_prefix"):
+                    table = table.append_column("sere_prompt", pa.array([prompt.encode() for prompt in some]))
                 yield Rows(((local_ray.put(table), 0, len(table)),))
+
+        is_grouped = options.get("group_by_prefix")
+        batches = cut_at_prefixes(measure(blocks()), batch) if is_grouped else map(Batch, cut(blocks(), batch))
 
         dispatcher = Dispatcher(
             start,
@@ -133,13 +139,15 @@ def job(local_ray, tmp_path):
             split=Split(options.get("tries", {}), max_retries=max_retries),
         )
         try:
-            for _ in dispatcher.run(cut(blocks(), batch)):
+            for _ in dispatcher.run(batches):
                 if while_running is not None:
                     while_running(dispatcher)
         finally:
             dispatcher.close(timeout_s=10)
         assert parts.scan().num_duplicates == 0, "a dead worker's parts are read before its rows go to another one"
-        rows = [row for table in parts.read_all(parts.names()) for row in table.to_pylist()]
+        names = parts.names()
+        tables = [table.to_pylist() for table in parts.read_all(names)]
+        rows = [row | {"part": name} for name, table in zip(names, tables, strict=True) for row in table]
         return sorted(rows, key=lambda row: row["source_row"]), dispatcher
 
     return run
@@ -191,6 +199,40 @@ def test_others_go_on_while_a_row_is_found_out(job):
     rows, dispatcher = job(prompts, batch=8, max_retries=1)
     assert [row["source_row"] for row in rows if row["error"]] == [0] and len(rows) == 401
     assert dispatcher.num_replaced == 5, "once with others, then in groups of 8, 4, 2 and 1"
+
+
+PREFIXES = [f"{number:02d} {'what these share ' * 6}" for number in range(24)]
+
+
+def test_prompts_that_begin_alike_go_to_one_worker(job):
+    prompts = [f"{prefix}{number:02d}" for prefix in PREFIXES for number in range(60)]
+    rows, dispatcher = job(prompts, batch=20, group_by_prefix=True)
+    assert [row["generated_text"] for row in rows] == [prompt.upper() for prompt in prompts]
+    assert "sere_prompt" not in rows[0] and dispatcher.num_replaced == 0
+    workers = [{row["part"].split("-")[1] for row in rows[start : start + 60]} for start in range(0, len(rows), 60)]
+    assert sum(len(some) == 1 for some in workers) >= 20, "of 24; some are taken over at the end, so that nobody waits"
+
+
+def test_prefixes_and_workers_killed_at_random(job):
+    prompts = [f"{prefix}{number:03d}" for prefix in PREFIXES[:8] for number in range(400)]
+    rng, killed = random.Random(0), []
+
+    def kill(dispatcher):
+        if len(killed) < 3 and dispatcher.replicas:
+            handle = rng.choice(list(dispatcher.replicas.values()))
+            os.kill(int(handle.node), signal.SIGKILL)
+            killed.append(handle.name)
+
+    rows, dispatcher = job(prompts, batch=20, checkpoint_rows=33, while_running=kill, group_by_prefix=True)
+    assert dispatcher.num_replaced >= len(set(killed)) >= 2
+    assert [row["generated_text"] for row in rows] == [prompt.upper() for prompt in prompts]
+
+
+def test_rows_that_earlier_sessions_died_with_among_prefixes(job):
+    prompts = [f"{prefix}{number}" for prefix in PREFIXES[:3] for number in range(10)]
+    tries = {3: Tried(1), 7: Tried(3), 8: Tried(3), 12: Tried(5, 4), 20: Tried(6, 1)}
+    rows, _ = job(prompts, tries={"f": tries}, group_by_prefix=True)
+    assert [row["source_row"] for row in rows if row["error"]] == [20] and len(rows) == 30
 
 
 def test_a_stopped_worker_counts_as_dead(job, tmp_path):

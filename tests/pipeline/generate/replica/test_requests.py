@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from sere.conf.schema import EngineConfig, GenerateConfig, SamplingConfig, StructuredOutputConfig
 from sere.pipeline.data.source import PROBLEM
-from sere.pipeline.generate.replica.requests import RequestMaker
+from sere.pipeline.generate.replica.requests import RequestMaker, prompt_texts
 
 
 def make(rows, *, chat=None, **changes):
@@ -123,3 +123,32 @@ def test_columns_that_are_not_asked_for_do_no_harm():
         pa.table({"prompt": ["a"], "far": far, PROBLEM: [""]})
     )
     assert request.problem is None
+
+
+def texts(rows, **changes):
+    config = GenerateConfig(**{"model": "m", "output": "o", "data": "d", **changes})
+    return prompt_texts(config)(pa.Table.from_pylist([{"sere_problem": "", **row} for row in rows])).to_pylist()
+
+
+def test_texts_that_begin_as_prompts_do():
+    rows = [{"prompt": "é"}, {"prompt": None}, {"prompt": ""}, {"prompt": "b", "sere_problem": "line 4 is bad"}]
+    assert texts(rows) == ["é".encode(), b"", b"", b""]
+    assert texts([{"q": "1+1"}], template="Q: {{ q }}") == [b"Q: 1+1"]
+    assert texts([{"q": 1}], template=r"{{ '\ud83d' }}{{ q }}") == [b"\xed\xa0\xbd1"], "half of a character"
+    assert texts([{"q": 0}, {"q": 1}], template="{{ 1 // q }}") == [b"", b"1"], "a row's own trouble"
+    # However a row is sampled.
+    assert texts([{"prompt": "a", "s": "no json"}], sampling_column="s") == [b"a"]
+
+
+def test_texts_of_chat_messages():
+    """A longer system prompt in common is a longer beginning; without a chat template."""
+    system = {"role": "system", "content": "be brief"}
+    messages = [[system, {"role": "user", "content": text}] for text in ("one", "other")]
+    one, other, none = texts([{"m": messages[0]}, {"m": messages[1]}, {"m": None}], messages_column="m")
+    assert one == b"system\0be brief\0user\0one" and other == b"system\0be brief\0user\0other" and none == b""
+
+
+def test_adapters_share_nothing():
+    engine = EngineConfig(lora_adapters={"x": "/x", "y": "/y"})
+    rows = [{"prompt": "a", "l": "x"}, {"prompt": "a", "l": "y"}, {"prompt": "a", "l": None}, {"prompt": "a", "l": "z"}]
+    assert texts(rows, lora_column="l", engine=engine) == [b"x\0a", b"y\0a", b"\0a", b"\0"]
