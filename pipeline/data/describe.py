@@ -17,6 +17,8 @@ from sere.pipeline.data.source import Bounds, Source, SourceFile
 from sere.pipeline.data.widen import is_list, limits, merge, nanoseconds, plain_schema, widen
 
 _SCAN_ROWS = 5_000
+# Larger files are read by several tasks.
+_PIECE_BYTES = 256 * 2**20
 
 
 def describe_file(source: Source, index: int) -> SourceFile:
@@ -66,7 +68,20 @@ def _describe_parquet(source: Source, file: SourceFile) -> SourceFile:
                     return _describe_parquet(source, replace(file, int96_unit="us"))
         schema = plain_schema(parquet.schema_arrow)
         bounds = _parquet_bounds(schema, parquet.metadata)
-        return replace(file, num_rows=parquet.metadata.num_rows, schema=schema, bounds=bounds)
+        starts = _starts(parquet.metadata)
+        return replace(file, num_rows=parquet.metadata.num_rows, schema=schema, bounds=bounds, starts=starts)
+
+
+def _starts(metadata: Any) -> tuple[int, ...]:
+    """First rows of row groups that are at least `_PIECE_BYTES` apart."""
+    starts, row, num_bytes = [], 0, 0
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
+        if num_bytes >= _PIECE_BYTES:
+            starts.append(row)
+            num_bytes = 0
+        row, num_bytes = row + group.num_rows, num_bytes + group.total_byte_size
+    return tuple(starts)
 
 
 def _fits_nanoseconds(fine: pq.ParquetFile, coarse: pq.ParquetFile, columns: list[str]) -> bool:

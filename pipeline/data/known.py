@@ -26,6 +26,7 @@ def to_json(file: SourceFile) -> dict[str, Any]:
         "stamp": file.stamp,
         "schema": base64.b64encode(file.schema.serialize().to_pybytes()).decode(),
         "int96_unit": file.int96_unit,
+        "starts": list(file.starts),
         "bounds": {path: list(pair) for path, pair in file.bounds.items()},
     }
 
@@ -39,7 +40,8 @@ def from_json(values: Any) -> SourceFile | None:
         bounds = {str(path): (int(low), int(high)) for path, (low, high) in values["bounds"].items()}
         texts = (str(values[key]) for key in ("name", "path", "fingerprint", "stamp", "int96_unit"))
         name, path, fingerprint, stamp, unit = texts
-        return SourceFile(name, path, int(values["num_rows"]), fingerprint, schema, bounds, stamp, unit)
+        starts = tuple(map(int, values.get("starts", ())))
+        return SourceFile(name, path, int(values["num_rows"]), fingerprint, schema, bounds, stamp, unit, starts=starts)
     except (LookupError, TypeError, ValueError, AttributeError, pa.ArrowException, OSError):
         # Whatever was kept, the file itself is there to be read.
         return None

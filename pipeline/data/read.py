@@ -38,7 +38,14 @@ def naming_file(file: SourceFile) -> Iterator[None]:
         raise ConfigError(f"{mask_uri(file.path)} cannot be read ({reason}): mend the file, or leave it out of data") from error
 
 
-def read_file(source: Source, index: int, *, rows_per_table: int, skip: np.ndarray | None = None) -> Iterator[pa.Table]:
+def read_file(
+    source: Source,
+    index: int,
+    *,
+    rows_per_table: int,
+    skip: np.ndarray | None = None,
+    piece: tuple[int, int] | None = None,
+) -> Iterator[pa.Table]:
     """A file's rows in order: the input's columns, `source_file`, `source_row` and `sere_problem` ("" if there is none).
 
     Args:
@@ -46,17 +53,18 @@ def read_file(source: Source, index: int, *, rows_per_table: int, skip: np.ndarr
         index: Of the file.
         rows_per_table: Most rows of a table.
         skip: int64, sorted: positions that are left out.
+        piece: One of the file's `pieces`; None: all of it.
 
     Raises:
         ConfigError: if the file cannot be read, or is not what was described.
     """
     assert source.schema is not None
     file = source.files[index]
-    start = 0
+    start, end = piece or (0, file.num_rows)
     with naming_file(file):
         _check_unchanged(source, file)
-        for table, problems in read_tables(source, file, rows_per_table):
-            table = table.slice(0, file.num_rows - start)
+        for table, problems in read_tables(source, file, rows_per_table, first_row=start):
+            table = table.slice(0, end - start)
             positions = np.arange(start, start + len(table))
             start += len(table)
             keep = np.ones(len(table), bool)
@@ -72,7 +80,7 @@ def read_file(source: Source, index: int, *, rows_per_table: int, skip: np.ndarr
                     schema=pa.schema([*source.schema, *PLACE, (PROBLEM, pa.string())]),
                 )
                 yield whole.filter(pa.array(keep))
-            if start >= file.num_rows:
+            if start >= end:
                 return
         raise _changed(file, f"it had {file.num_rows} rows, and now {start}")
 
@@ -95,20 +103,25 @@ def _changed(file: SourceFile, how: str) -> ConfigError:
     )
 
 
-def read_tables(source: Source, file: SourceFile, rows_per_table: int) -> Iterator[tuple[pa.Table, list[str] | None]]:
+def read_tables(
+    source: Source, file: SourceFile, rows_per_table: int, *, first_row: int = 0
+) -> Iterator[tuple[pa.Table, list[str] | None]]:
     """A file's rows as they are, and what is wrong with each ("" if nothing is; None: with none).
 
     Args:
         source: With a schema from `scan_input`, or without: then every table of a file of lines has a schema of its own.
         file: One of its files.
         rows_per_table: Most rows of a table.
+        first_row: Where to begin: where one of the file's `pieces` does.
     """
-    for table, problems in _read_plain(source, file, rows_per_table):
+    for table, problems in _read_plain(source, file, rows_per_table, first_row):
         num_rows = len(table) if problems is None else len(problems)
         yield add_partition(table, num_rows, file, source.schema), problems
 
 
-def _read_plain(source: Source, file: SourceFile, rows_per_table: int) -> Iterator[tuple[pa.Table, list[str] | None]]:
+def _read_plain(
+    source: Source, file: SourceFile, rows_per_table: int, first_row: int
+) -> Iterator[tuple[pa.Table, list[str] | None]]:
     """Without the columns that folders give."""
     if source.kind == "huggingface":
         dataset = load_dataset(source.spec).with_format("arrow")
@@ -118,13 +131,26 @@ def _read_plain(source: Source, file: SourceFile, rows_per_table: int) -> Iterat
         with open_parquet(source.spec, file.path, file.int96_unit) as parquet:
             if file.schema is not None and not plain_schema(parquet.schema_arrow).equals(file.schema):
                 raise _changed(file, "it holds other columns")
-            for batch in parquet.iter_batches(batch_size=rows_per_table):
+            groups = _groups_from(parquet.metadata, first_row)
+            if groups is None:
+                raise _changed(file, f"no row group begins at row {first_row}")
+            for batch in parquet.iter_batches(batch_size=rows_per_table, row_groups=groups):
                 yield pa.Table.from_batches([batch]), None
     else:
         rows = read_lines(source, file)
         while chunk := list(islice(rows, rows_per_table)):
             dicts, problems = [row or {} for row, _ in chunk], [problem for _, problem in chunk]
             yield _lines_table(source, file, dicts), _check_text(source, dicts, problems)
+
+
+def _groups_from(metadata: Any, first_row: int) -> list[int] | None:
+    """Numbers of the row groups from the one on that begins with a row; None if none does."""
+    row = 0
+    for number in range(metadata.num_row_groups):
+        if row == first_row:
+            return list(range(number, metadata.num_row_groups))
+        row += metadata.row_group(number).num_rows
+    return [] if row == first_row else None
 
 
 def _lines_table(source: Source, file: SourceFile, rows: list[dict[str, Any]]) -> pa.Table:

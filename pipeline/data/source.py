@@ -57,6 +57,14 @@ class SourceFile:
     """Unit that holds all of its timestamps of 96 bits."""
     partition: dict[str, str | None] = field(default_factory=dict)
     """Columns that the names of its folders give: `split=train/`."""
+    starts: tuple[int, ...] = ()
+    """Rows beside the first at which it can be read from: those that begin some of its row groups."""
+
+    @property
+    def pieces(self) -> list[tuple[int, int]]:
+        """What can be read on its own: first row and end."""
+        starts = [0, *(start for start in self.starts if 0 < start < self.num_rows)]
+        return list(zip(starts, [*starts[1:], self.num_rows], strict=True))
 
 
 @dataclass(frozen=True)

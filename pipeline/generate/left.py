@@ -5,6 +5,7 @@ import logging
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from sere.conf.errors import ConfigError, TryAgainError
@@ -24,15 +25,15 @@ _ROWS_PER_TABLE = 1024
 
 
 def _read(batch: dict[str, Any], *, source: Any, config: GenerateConfig) -> Iterator[pa.Table]:
-    """A Ray Data function: from the number of a file to its rows that are left, with their prompts if rows go by those."""
+    """A Ray Data function: from a piece of a file to its rows that are left, with their prompts if rows go by those."""
     import ray
 
     described, finished = ray.get(source[0])
     prompts = prompt_texts(config) if config.group_by_prefix else None
-    for index in batch["index"]:
-        name = described.files[int(index)].name
+    for index, *piece in zip(*(batch[key].tolist() for key in ("index", "first", "end")), strict=True):
+        skip = finished.get(described.files[index].name)
         tables, num_bytes = [], 0
-        for table in read_file(described, int(index), rows_per_table=_ROWS_PER_TABLE, skip=finished.get(name)):
+        for table in read_file(described, index, rows_per_table=_ROWS_PER_TABLE, skip=skip, piece=tuple(piece)):
             tables.append(table if prompts is None else table.append_column(PROMPT, prompts(table)))
             num_bytes += tables[-1].nbytes
             if num_bytes >= _BLOCK_BYTES:
@@ -49,6 +50,15 @@ def _in_one_piece(tables: list[pa.Table]) -> pa.Table:
     return pa.concat_tables(tables).combine_chunks()
 
 
+def _pieces_left(source: Source, finished: Finished) -> Iterator[dict[str, int]]:
+    """The pieces of files that have rows which are not finished."""
+    for index, file in enumerate(source.files):
+        rows = finished.rows.get(file.name, np.array([], np.int64))
+        for first, end in file.pieces:
+            if np.diff(np.searchsorted(rows, (first, end)))[0] < end - first:
+                yield {"index": index, "first": first, "end": end}
+
+
 def read_batches(source: Source, finished: Finished, config: GenerateConfig) -> Iterator[Batch]:
     """The rows that are not finished, `batch_size` at a time, in the input's order or by `order_by` and by their prompts; they
     stay where Ray has read them.
@@ -63,9 +73,7 @@ def read_batches(source: Source, finished: Finished, config: GenerateConfig) -> 
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     context.execution_options.preserve_order = True
     context.target_max_block_size = _BLOCK_BYTES
-    left = [
-        {"index": index} for index, file in enumerate(source.files) if file.num_rows > len(finished.rows.get(file.name, ()))
-    ]
+    left = list(_pieces_left(source, finished))
     if not left:
         return
     # In a list: as an argument of its own Ray Data would not let it through.

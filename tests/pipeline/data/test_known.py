@@ -69,7 +69,8 @@ def test_what_is_no_description_is_none(tmp_path):
     good = to_json(described(tmp_path)[1][0])
     assert from_json(good) is not None
     for key in good:
-        assert from_json({name: value for name, value in good.items() if name != key}) is None
+        # An earlier version's has no starts: such a file is read in one piece.
+        assert from_json({name: value for name, value in good.items() if name != key}) is None or key == "starts"
         assert from_json(good | {key: [None]}) is None or key in ("name", "path", "fingerprint", "stamp", "int96_unit")
     for values in (None, 1, [], "x", {}, good | {"version": 0}, good | {"schema": "AAAA"}, good | {"bounds": {"a": [1]}}):
         assert from_json(values) is None

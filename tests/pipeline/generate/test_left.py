@@ -4,10 +4,13 @@ import json
 import random
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from sere.conf.errors import ConfigError
 from sere.conf.schema import EngineConfig, GenerateConfig
+from sere.pipeline.data import describe as describe_module
 from sere.pipeline.data.describe import describe_file
 from sere.pipeline.data.find import find_sources
 from sere.pipeline.data.scan import unify
@@ -119,3 +122,15 @@ def test_what_is_refused(data):
     (data / "0.jsonl").write_text('{"prompt": "a", "sere_prompt": "b"}')
     with pytest.raises(ConfigError, match="column 'sere_prompt', which the result would overwrite: rename it"):
         check_columns(config_of(data), source_of(config_of(data)).schema)
+
+
+def test_a_large_file_is_read_by_several_tasks(tmp_path, monkeypatch):
+    monkeypatch.setattr(describe_module, "_PIECE_BYTES", 1)
+    pq.write_table(pa.table({"prompt": [str(row) for row in range(50)]}), tmp_path / "a.parquet", row_group_size=10)
+    config = config_of(tmp_path / "a.parquet", group_by_prefix=False)
+    finished = Finished(rows={"a.parquet": np.array([*range(10, 20), 33])})
+    source, batches = batches_of(config, finished)
+    assert len(source.files[0].pieces) == 5
+    left = [row for row in range(50) if not 10 <= row < 20 and row != 33]
+    assert [row["source_row"] for row in rows_of(batches)] == left
+    assert [row["prompt"] for row in rows_of(batches)] == [str(row) for row in left]
