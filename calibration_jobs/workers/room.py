@@ -68,7 +68,7 @@ def most_groups(num_bytes: int) -> int:
 
 
 def checkpoint_interval(num_bytes: int, num_workers: int) -> float:
-    """Seconds between a worker's checkpoints: five minutes, more where the driver would get over 50 MB of them a second.
+    """Seconds between a worker's checkpoints: five minutes, or more where the driver would get over 50 MB of them a second.
 
     Args:
         num_bytes: Of one checkpoint.

@@ -197,10 +197,10 @@ def bytes_table(raw: dict[str, list[dict[str, Any]]], args: argparse.Namespace) 
     factor, one = LARGE_LAYERS / args.layers, 3 * 8 * NUM_EXPERTS**2 / 1e6
     names = list(next(iter(raw.values()))[0]["bytes"])
     lines = [
-        f"{args.shards:,} shards of {SHARD_S:.0f} seconds, {NUM_WORKERS} simulated workers, {args.layers} layers of {NUM_EXPERTS}",
-        f"experts, three metrics, no tables. A layer's sums are 3 x 8 x {NUM_EXPERTS}^2 bytes = {one:.2f} MB, and as much again",
-        "for each of several domains. Sums are proportional to layers: the right half of the table is the left one times",
-        f"{LARGE_LAYERS} / {args.layers}, for the {LARGE_LAYERS} layers of Qwen3-235B-A22B.",
+        f"{args.shards:,} shards of {SHARD_S:.0f} seconds, {NUM_WORKERS} simulated workers, {args.layers} layers of",
+        f"{NUM_EXPERTS} experts, three metrics, no tables. A layer's sums are 3 x 8 x {NUM_EXPERTS}^2 bytes = {one:.2f} MB,",
+        "and as much again for each of several domains. Sums are proportional to layers: the right half of the",
+        f"table is the left one times {LARGE_LAYERS} / {args.layers}, for the {LARGE_LAYERS} layers of Qwen3-235B-A22B.",
         "",
         f"| domains | job | {' | '.join(names + names)} |",
         "|---:|---|" + "---:|" * 8,
@@ -229,8 +229,8 @@ def rest_table(raw: dict[str, list[dict[str, Any]]]) -> list[str]:
     return [
         *lines,
         "",
-        "Not measured: tables. With all of them a result of that model is 1.3 GB: 64 are 83 GB, where 1,000 would be 1.3 TB. Of",
-        "those that arrive before their turn one waits in memory, and others are read again, once.",
+        "Not measured: tables. With all of them a result of that model is 1.3 GB: 64 are 83 GB, where 1,000 would be 1.3 TB.",
+        "Of those that arrive before their turn one waits in memory, and others are read again, once.",
     ]
 
 
