@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sere.conf.errors import ConfigError
+from sere.conf.errors import ConfigError, TryAgainError
 from sere.pipeline.generate.identity import INPUT, LOGS, MANIFEST, SESSION_NAMES, SESSIONS
 from sere.pipeline.generate.parts import RESULTS, Parts
 from sere.pipeline.runtime.storage import Storage
@@ -80,11 +80,11 @@ def write_manifest(parts: Parts, values: dict[str, Any], names: Collection[str])
     """Declare the job finished: from now on the results are these files, and no others.
 
     Raises:
-        ConfigError: if one of them is gone.
+        TryAgainError: if one of them is gone.
     """
     sizes = parts.storage.sizes(RESULTS)
     if gone := sorted(set(names) - set(sizes)):
-        raise ConfigError(f"{parts.storage.shown}/{gone[0]} is gone: run the same command again, its rows are done anew")
+        raise TryAgainError(f"{parts.storage.shown}/{gone[0]} is gone: run the same command again, its rows are done anew")
     files = {name: sizes[name] for name in sorted(names)}
     parts.storage.put_json(MANIFEST, {**values, "digest": parts.digest, "files": files})
 

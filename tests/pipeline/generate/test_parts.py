@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sere.conf.errors import ConfigError
+from sere.conf.errors import ConfigError, TryAgainError
 from sere.pipeline.generate.parts import Parts
 from sere.pipeline.generate.record import next_session, read_manifest, read_sessions, sweep, write_manifest
 from sere.pipeline.generate.replica.answers import Answer, answer_table
@@ -136,7 +136,7 @@ def test_manifest(uri):
     assert read_manifest(parts) is None, "another file than the one declared"
     parts.storage.remove("results/part-a.parquet")
     assert read_manifest(parts) is None
-    with pytest.raises(ConfigError, match=r"part-a.parquet is gone"):
+    with pytest.raises(TryAgainError, match=r"part-a.parquet is gone.*run the same command again"):
         write_manifest(parts, {}, ["results/part-a.parquet"])
 
 
