@@ -16,7 +16,7 @@ import time
 import uuid
 from typing import Any
 
-from sere.conf.errors import ConfigError, TryAgainError
+from sere.conf.errors import TryAgainError
 from sere.conf.masking import mask_uri
 from sere.pipeline.runtime.storage import Storage, first_line
 
@@ -149,12 +149,12 @@ class ObjectLease:
         """To be called every now and then, and with `now` before anything is thrown away.
 
         Raises:
-            ConfigError: if another process has taken over.
+            TryAgainError: if another process has taken over.
         """
         if now and self._lost is None:
             self._look()
         if self._lost is not None:
-            raise ConfigError(
+            raise TryAgainError(
                 f"this process was silent for {_SILENCE_S:g} s, and another one goes on with {self._storage.shown} "
                 f"({self._lost}): nothing is lost, leave it to that one"
             )

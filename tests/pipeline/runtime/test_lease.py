@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from sere.conf.errors import ConfigError
+from sere.conf.errors import ConfigError, TryAgainError
 from sere.pipeline.runtime import lease
 from sere.pipeline.runtime.lease import take_lease
 from sere.pipeline.runtime.storage import Storage
@@ -120,6 +120,17 @@ def test_a_program_that_is_busy_shows_signs_of_life(s3_bucket, tmp_path):
         assert time.monotonic() < deadline
     assert len(refused) == 1
     taken.release()
+
+
+def test_who_has_lost_the_folder_need_not_change_anything(uri):
+    if Storage(uri).is_local:
+        pytest.skip("a lock cannot be lost")
+    taken = take_lease(Storage(uri))
+    assert Storage(uri).create("lease/000002.json", b"another's")
+    with pytest.raises(TryAgainError, match=r"another one goes on with .* leave it to that one"):
+        taken.check(now=True)
+    taken.release()
+    assert Storage(uri).get("lease/000002.json") == b"another's"
 
 
 @pytest.mark.parametrize("content", [b"", b"[1]", b"null"])
