@@ -4,17 +4,20 @@ What is deleted is what this program wrote, by name, and only where job.json is 
 are.
 """
 
+import contextlib
 import json
 import re
 import uuid
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from sere.conf.errors import ConfigError
 from sere.conf.masking import mask_uri, mask_values
 from sere.conf.nested import describe_difference, digest_of
+from sere.conf.whole_file import remove_unfinished
 from sere.pipeline.runtime.lease import FileLock, ObjectLease, take_lease
 from sere.pipeline.runtime.older_jobs import learnt_now, settings_then
 from sere.pipeline.runtime.storage import Storage, first_line
@@ -106,13 +109,18 @@ class JobFolder:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self.storage.is_local:
+            # A disk that cannot be written to is the error of whoever had something to write.
+            with contextlib.suppress(OSError):
+                for folder in ("", *self._kind.folders):
+                    remove_unfinished(Path(self.storage.path, folder))
         self._lease.release()
 
     def check(self, *, now: bool = False) -> None:
         """Make sure that the folder is still this process's: every few seconds, and with `now` before throwing anything away.
 
         Raises:
-            ConfigError: if another process has taken over.
+            TryAgainError: if another process has taken over.
         """
         self._lease.check(now=now)
 

@@ -129,6 +129,27 @@ def test_unwritable(tmp_path):
         Storage("nosuch://x/y")
 
 
+def test_what_was_half_written_when_somebody_was_killed_is_removed(tmp_path):
+    with open_folder(tmp_path / "run") as folder:
+        write(folder, "a")
+    unfinished = [
+        "results/.part-b.parquet.0123456789abcdef0123456789abcdef",
+        ".summary.json.0123456789abcdef0123456789abcdef",
+        "sessions/.0001.json.0123456789abcdef0123456789abcdef",
+    ]
+    others = [".mine", "results/.mine.parquet", "mine/.part-b.parquet.0123456789abcdef0123456789abcdef"]
+    for name in (*unfinished, *others):
+        (tmp_path / "run" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "run" / name).write_bytes(b"x")
+    with pytest.raises(ConfigError, match="holds another job"):
+        open_folder(tmp_path / "run", settings={"a": 2}).__enter__()
+    assert all((tmp_path / "run" / name).exists() for name in unfinished)
+    with open_folder(tmp_path / "run"):
+        pass
+    assert not any((tmp_path / "run" / name).exists() for name in unfinished)
+    assert all((tmp_path / "run" / name).exists() for name in (*others, "results/part-a.parquet"))
+
+
 def test_a_killed_process_does_not_hold_on(tmp_path):
     code = (
         "import time, tests.pipeline.runtime.test_job_folder as t\n"
