@@ -1,8 +1,9 @@
-"""What a run's speed and answers depend on beside its settings: the device and the versions of what decodes."""
+"""What a run's speed and answers depend on beside its settings: the device, the commit, and the versions of what decodes."""
 
 import os
 import platform
 import re
+import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -16,6 +17,17 @@ CIRCUMSTANCES = ("device", *(f"versions.{name}" for name in _VERSIONS))
 def circumstances() -> dict[str, str]:
     """Their values: of the Ray cluster's accelerators, else of this machine. Imports nothing heavy."""
     return {"device": _device(), **{f"versions.{name}": _version(names) for name, names in _VERSIONS.items()}}
+
+
+def source_commit() -> str:
+    """The commit this program runs from, with +changes if files differ from it; "unknown" outside a checkout."""
+    root = Path(__file__).resolve().parent
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
+        changes = subprocess.run(["git", "status", "--porcelain"], cwd=root, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return commit.stdout.strip() + ("+changes" if changes.stdout.strip() else "")
 
 
 def _version(names: tuple[str, ...]) -> str:

@@ -6,7 +6,7 @@ import socket
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from sere.conf.errors import ConfigError
+from sere.conf.errors import ConfigError, TryAgainError
 from sere.conf.masking import mask_uri
 from sere.conf.schema import TrackingConfig
 from sere.pipeline.runtime import storage
@@ -39,8 +39,12 @@ def read_store(uri: str) -> None:
     use_store(uri)
 
 
-def use_store(uri: str) -> None:
+def use_store(uri: str, *, has_worked: bool = False) -> None:
     """Point MLflow to a store; an SQLite file and its folder are made.
+
+    Args:
+        uri: Of the store.
+        has_worked: See `unusable`.
 
     Raises:
         ConfigError: if the store cannot be opened.
@@ -59,7 +63,7 @@ def use_store(uri: str) -> None:
         mlflow.set_tracking_uri(uri)
         mlflow.MlflowClient()
     except (OSError, ValueError, MlflowException) as error:
-        raise unusable(uri, error) from error
+        raise unusable(uri, error, has_worked=has_worked) from error
 
 
 def first_line(error: Exception) -> str:
@@ -67,9 +71,21 @@ def first_line(error: Exception) -> str:
     return mask_uri(storage.first_line(error))
 
 
-def unusable(uri: str, error: Exception) -> ConfigError:
-    """The error of a store that does not do what it is asked."""
-    return ConfigError(f"MLflow store {mask_uri(uri)!r} cannot be used ({first_line(error)}): check tracking.uri")
+def unusable(uri: str, error: Exception, *, has_worked: bool = False) -> ConfigError:
+    """The error of a store that does not do what it is asked.
+
+    Args:
+        uri: Of the store.
+        error: What it, or the network, said.
+        has_worked: This job has used it before: unless it refuses what it is asked, it may work again.
+    """
+    from mlflow.exceptions import MlflowException
+
+    what = f"MLflow store {mask_uri(uri)!r} cannot be used ({first_line(error)})"
+    refuses = isinstance(error, ValueError) or (isinstance(error, MlflowException) and error.get_http_status_code() < 500)
+    if has_worked and not refuses:
+        return TryAgainError(f"{what}: run the same command again when it answers; what is finished is kept")
+    return ConfigError(f"{what}: check tracking.uri")
 
 
 def use_experiment(config: TrackingConfig) -> str:

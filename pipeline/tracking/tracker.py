@@ -8,7 +8,6 @@ import hashlib
 import json
 import logging
 import re
-import subprocess
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,11 +15,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sere.conf.errors import TryAgainError
 from sere.conf.masking import mask_uri, mask_values
 from sere.conf.nested import flatten
 from sere.conf.schema import TrackingConfig
 from sere.pipeline.runtime.interrupts import uninterrupted
-from sere.pipeline.tracking.circumstances import circumstances
+from sere.pipeline.tracking.circumstances import circumstances, source_commit
 from sere.pipeline.tracking.store import first_line, quiet, unusable, use_experiment, use_store
 
 if TYPE_CHECKING:
@@ -204,17 +204,6 @@ class MlflowTracker(NullTracker):
         mlflow.MlflowClient().set_registered_model_alias(name, alias, version)
 
 
-def source_commit() -> str:
-    """The commit this program runs from, with +changes if files differ from it; "unknown" outside a checkout."""
-    root = Path(__file__).resolve().parent
-    try:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
-        changes = subprocess.run(["git", "status", "--porcelain"], cwd=root, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return commit.stdout.strip() + ("+changes" if changes.stdout.strip() else "")
-
-
 @contextmanager
 def track(
     config: TrackingConfig,
@@ -228,7 +217,8 @@ def track(
     """A run that ends FINISHED, or FAILED if the block raises.
 
     Raises:
-        ConfigError: if the store cannot be used, now or later; what the block had finished by then stays.
+        ConfigError: if the store cannot be used; a TryAgainError if it could when the run began. What the block had finished
+            by then stays.
 
     Args:
         config: Where to record; an empty `uri` records nothing.
@@ -262,7 +252,7 @@ def track(
         yield tracker
         status = "FINISHED"
     except MlflowException as error:
-        raise unusable(config.uri, error) from error
+        raise unusable(config.uri, error, has_worked=tracker is not None) from error
     finally:
         if tracker is not None:
             with uninterrupted():
@@ -282,15 +272,22 @@ def _end_run(uri: str, status: str) -> None:
 
 
 def resume(config: TrackingConfig, run_id: str | None) -> str | None:
-    """The run, if it is still there to go on with; else None."""
+    """The run, if it is still there to go on with; else None.
+
+    Raises:
+        TryAgainError: if the store does not answer.
+    """
     if run_id is None or not config.uri:
         return None
-    use_store(config.uri)
+    use_store(config.uri, has_worked=True)
     import mlflow
     from mlflow.exceptions import MlflowException
 
     try:
         run = mlflow.get_run(run_id)
-    except MlflowException:
+    except MlflowException as error:
+        failure = unusable(config.uri, error, has_worked=True)
+        if isinstance(failure, TryAgainError):
+            raise failure from error
         return None
     return run_id if run.info.lifecycle_stage == "active" else None

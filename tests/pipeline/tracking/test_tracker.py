@@ -10,14 +10,15 @@ import time
 
 import mlflow
 import pytest
+from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 
-from sere.conf.errors import ConfigError
+from sere.conf.errors import ConfigError, TryAgainError
 from sere.conf.schema import CalibrateConfig, TrackingConfig
 from sere.pipeline.runtime.interrupts import uninterrupted
 from sere.pipeline.tracking.circumstances import CIRCUMSTANCES
 from sere.pipeline.tracking.registry import promote, resolve_artifact
 from sere.pipeline.tracking.runs import download_file, read_history, read_runs
-from sere.pipeline.tracking.tracker import NullTracker, track
+from sere.pipeline.tracking.tracker import NullTracker, resume, track
 from tests.servers import free_port, wait_until_listening
 
 
@@ -127,9 +128,37 @@ def test_a_store_that_fails_meanwhile_holds_up_nothing(tracking, monkeypatch, ca
         tracker._sender.submit(int).result()
     assert read_history(tracking.uri, tracker.run_id, "progress/rows") == [(1, 1), (9, 9)]
     assert caplog.text.count("does not take metrics") == 1
-    message = "the store is down"
-    with pytest.raises(ConfigError, match=message), track(tracking, kind="generate", default_name="n"):
-        raise mlflow.exceptions.MlflowException(message)
+
+
+def test_a_store_that_has_worked_may_work_again(tracking):
+    """Status 75, where an address that never answered is to be changed."""
+    down = mlflow.exceptions.MlflowException("the store is down")
+    again = r"the store is down\): run the same command again"
+    with pytest.raises(TryAgainError, match=again), track(tracking, kind="generate", default_name="n"):
+        raise down
+    wrong = mlflow.exceptions.MlflowException("no such metric", error_code=INVALID_PARAMETER_VALUE)
+    with pytest.raises(ConfigError, match="no such metric") as raised, track(tracking, kind="generate", default_name="n"):
+        raise wrong
+    assert not isinstance(raised.value, TryAgainError)
+    silent = TrackingConfig(uri=f"http://127.0.0.1:{free_port()}")
+    with pytest.raises(ConfigError, match=r"check tracking\.uri") as raised, track(silent, kind="generate", default_name="n"):
+        pytest.fail("there is no store")
+    assert not isinstance(raised.value, TryAgainError)
+    with pytest.raises(TryAgainError, match="run the same command again when it answers"):
+        resume(silent, "0" * 32)
+
+
+def test_a_run_that_is_gone_is_not_gone_on_with_and_one_that_is_not_found_now_is(tracking, monkeypatch):
+    with track(tracking, kind="generate", default_name="n") as tracker:
+        pass
+    assert resume(tracking, tracker.run_id) == tracker.run_id and resume(tracking, "0" * 32) is None
+
+    def fail(run_id):
+        raise mlflow.exceptions.MlflowException("the store is down")
+
+    monkeypatch.setattr(mlflow, "get_run", fail)
+    with pytest.raises(TryAgainError, match="the store is down"):
+        resume(tracking, tracker.run_id)
 
 
 def test_what_only_reads_makes_no_store(tmp_path):
