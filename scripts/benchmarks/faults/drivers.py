@@ -18,14 +18,13 @@ _PART = r"put results/part-"
 _ORDERED = r"put results/part-ordered-"
 _DECLARE = r"put (errors\.parquet|summary\.json|manifest\.json)"
 _DELETE = r"remove (results/|attempts/|nothing)"
-# About as long as an undisturbed session takes.
-_SESSION_S, _SCAN_S = 12.0, 2.5
 _CHAIN = 4
 
 
 def scan(arena: Arena, num_strikes: int) -> Tally:
     """While the input is looked through."""
-    return _chains(arena, "scan", num_strikes, lambda: Plan(scan_s=arena.rng.uniform(0, _SCAN_S)))
+    _, scan_s = _undisturbed_s(arena)
+    return _chains(arena, "scan", num_strikes, lambda: Plan(scan_s=arena.rng.uniform(0, scan_s)))
 
 
 def begin(arena: Arena, num_strikes: int) -> Tally:
@@ -45,11 +44,12 @@ def part(arena: Arena, num_strikes: int) -> Tally:
 def anytime(arena: Arena, num_strikes: int) -> Tally:
     """At any time from its start on."""
     tally = arena.tally("anytime")
+    session_s, _ = _undisturbed_s(arena)
     while tally.num_strikes < num_strikes:
         job = arena.job()
         for _ in range(min(_CHAIN, num_strikes - tally.num_strikes)):
             session = job.start(Plan())
-            moment = time.monotonic() + arena.rng.uniform(0, _SESSION_S)
+            moment = time.monotonic() + arena.rng.uniform(0, session_s)
             job.wait_for(lambda moment=moment: time.monotonic() > moment, session)
             session.kill()
             if tally.ended(session.wait()).status == 0:
@@ -72,6 +72,15 @@ def declare(arena: Arena, num_strikes: int) -> Tally:
 def delete(arena: Arena, num_strikes: int) -> Tally:
     """While what the result does not need is removed, after the manifest."""
     return _at_the_end(arena, "delete", num_strikes, _DELETE, chain=1)
+
+
+def _undisturbed_s(arena: Arena) -> tuple[float, float]:
+    """Seconds that a session takes, and its scan of the input."""
+    job, begun = arena.job(), time.monotonic()
+    job.start(Plan()).wait()
+    elapsed_s = time.monotonic() - begun
+    (scan_s,) = (float(line.split()[1]) for line in job.operations.read_text().splitlines() if line.startswith("scan"))
+    return elapsed_s, scan_s
 
 
 def _draw(arena: Arena, operations: str, most: int) -> Death:

@@ -16,7 +16,7 @@ from sere.pipeline.runtime.storage import Storage
 
 ROOT = Path(__file__).resolve().parents[3]
 _HEAVY = ("ray.data", "torch", "transformers", "pyarrow.parquet", "mlflow", "s3fs", "rich.console", "faults.session")
-_HUNG_S = 300.0
+_HUNG_S = 900.0
 
 
 @dataclass(frozen=True)
