@@ -1,4 +1,6 @@
-"""A hub of models on this machine: enough of the Hugging Face hub's HTTP API for its client to resolve and download."""
+"""A hub of models and datasets on this machine: enough of the Hugging Face hub's HTTP API for its clients to resolve and
+download.
+"""
 
 import hashlib
 import json
@@ -10,9 +12,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+_NAME = "(?:datasets/)?[^/]+/[^/]+"
+
 
 class Hub:
-    """What the server serves. Repositories are folders at commits; refs name commits."""
+    """What the server serves. Repositories are folders at commits; refs name commits. A dataset is called `datasets/NAME`."""
 
     def __init__(self) -> None:
         self.address = ""
@@ -77,9 +81,10 @@ def _handler_of(hub: Hub) -> type[BaseHTTPRequestHandler]:
         def _answer(self) -> None:
             path = unquote(urlsplit(self.path).path)
             hub.requests.append(f"{self.command} {path}")
-            if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree|paths-info)/([^/]+)(/.+)?)?", path):
+            path = path.removeprefix("/api/models") if path.startswith("/api/models/") else path.removeprefix("/api")
+            if found := re.fullmatch(rf"/({_NAME})(?:/(revision|tree|paths-info)/([^/]+)(/.+)?)?", path):
                 self._describe(found[1], found[2], found[3] or "main", found[4])
-            elif found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+            elif found := re.fullmatch(rf"/({_NAME})/resolve/([^/]+)/(.+)", path):
                 self._file(found[1], found[2], found[3])
             else:
                 self._refuse("", "no such page")

@@ -91,7 +91,7 @@ class CalibrateConfig:
     data_split: str = "train"
     """Split of a Hugging Face dataset."""
     data_revision: str | None = None
-    """Revision of a hub dataset; null: its main branch."""
+    """Branch, tag or commit of a hub dataset; null: its main branch. It is looked up once, when the command begins."""
     storage_options: dict[str, Any] = field(default_factory=dict)
     """Arguments of the fsspec file system of data, for example {endpoint_url: ...}. Credentials belong into the
     environment."""

@@ -35,7 +35,8 @@ class GenerateConfig:
     data_split: str = "train"
     """Split of a Hugging Face dataset."""
     data_revision: str | None = None
-    """Revision of a hub dataset; null: its main branch."""
+    """Branch, tag or commit of a hub dataset; null: its main branch. It is looked up once, when the command begins; the commit
+    is part of what the job is."""
     storage_options: dict[str, Any] = field(default_factory=dict)
     """Arguments of the fsspec file systems of data and output, for example {endpoint_url: ...}. Credentials belong into the
     environment."""

@@ -9,7 +9,7 @@ from typing import Any
 from sere.conf.errors import ConfigError
 from sere.conf.masking import mask_uri
 from sere.pipeline.data.hive import partition_of
-from sere.pipeline.data.hub import is_saved_dataset
+from sere.pipeline.data.hub import find_commit, is_saved_dataset
 from sere.pipeline.data.opened import open_input
 from sere.pipeline.data.source import InputSpec, Kind, Source, SourceFile
 from sere.pipeline.runtime.storage import first_line
@@ -28,13 +28,13 @@ _COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
 
 
 def find_sources(spec: InputSpec) -> Source:
-    """List the input's files, unread.
+    """List the input's files, unread; of a hub dataset's revision find the commit.
 
     Raises:
         ConfigError: if there are none, or of several kinds.
     """
     if spec.data_format == "huggingface" or (spec.data_format == "auto" and is_saved_dataset(spec.data)):
-        return Source("huggingface", (SourceFile(spec.data_split, spec.data),), spec)
+        return _dataset(spec)
     spec = replace(spec, data=_seen_from_anywhere(spec.data))
     filesystem, root = open_input(spec)
     try:
@@ -45,7 +45,7 @@ def find_sources(spec: InputSpec) -> Source:
     if not paths:
         if spec.data_format == "auto" and re.fullmatch(r"[\w.-]+/[\w.-]+", spec.data) and "." not in spec.data.split("/")[1]:
             # Not a path here: a dataset of the hub.
-            return Source("huggingface", (SourceFile(spec.data_split, spec.data),), spec)
+            return _dataset(spec)
         raise ConfigError(
             f"no data at {mask_uri(spec.data)} (seen from {os.getcwd()}): give a parquet, JSONL, CSV or text file, a folder "
             "of them, a glob, a Hugging Face dataset, or an fsspec URI of one of these"
@@ -59,6 +59,13 @@ def find_sources(spec: InputSpec) -> Source:
     shared = os.path.dirname(paths[0]) if len(paths) == 1 else os.path.commonpath(paths)
     files = [SourceFile(os.path.relpath(path, shared), path, partition=partition_of(path, base)) for path in paths]
     return Source(kind, tuple(sorted(files, key=lambda file: file.name)), spec)
+
+
+def _dataset(spec: InputSpec) -> Source:
+    commit = find_commit(spec)
+    # From here on it is the same commit for all who read it.
+    spec = replace(spec, data_revision=commit or spec.data_revision)
+    return Source("huggingface", (SourceFile(spec.data_split, spec.data),), spec, commit=commit)
 
 
 def _list(filesystem: Any, root: str) -> tuple[str, list[str]]:

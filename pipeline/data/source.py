@@ -1,6 +1,6 @@
 """The nouns of this room: what is asked for, what was found, and what is said of each row."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -76,6 +76,8 @@ class Source:
     spec: InputSpec
     schema: pa.Schema | None = None
     """The columns of all files together, from `scan_input`."""
+    commit: str | None = None
+    """Of a dataset of the hub; `spec` says the same."""
 
     @property
     def num_rows(self) -> int:
@@ -84,7 +86,15 @@ class Source:
     @property
     def fingerprints(self) -> dict[str, str]:
         """Per file what tells it from another of the same name."""
+        commit = [] if self.commit is None else [f"commit={self.commit}"]
         return {
-            file.name: ", ".join([f"{file.num_rows} rows", file.fingerprint, *(f"{k}={v}" for k, v in file.partition.items())])
+            file.name: ", ".join(
+                [f"{file.num_rows} rows", file.fingerprint, *(f"{k}={v}" for k, v in file.partition.items()), *commit]
+            )
             for file in self.files
         }
+
+    @property
+    def earlier_fingerprints(self) -> dict[str, str]:
+        """Those that jobs noted which were begun before there were commits, where they differ from today's."""
+        return replace(self, commit=None).fingerprints if self.commit is not None else {}

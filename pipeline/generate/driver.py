@@ -27,8 +27,10 @@ from sere.pipeline.generate.identity import (
     MANIFEST,
     SIMILARITY,
     conditions,
+    earlier_settings,
     free_settings,
     job_settings,
+    kind_of,
 )
 from sere.pipeline.generate.left import read_batches
 from sere.pipeline.generate.monitor import Monitor
@@ -103,8 +105,8 @@ def generate(config: GenerateConfig, *, ray_address: str | None = None, parent_r
         settings = job_settings(
             config, model_digest=facts.job_digest, fingerprints=source.fingerprints, artifact=artifact.content
         )
-        earlier, free = {"model_digest": facts.earlier_digests}, free_settings(config)
-        with JobFolder(storage, GENERATE, settings, overwrite=config.overwrite, free=free, earlier=earlier) as folder:
+        earlier, free = earlier_settings(facts, source), free_settings(config)
+        with JobFolder(storage, kind_of(source), settings, overwrite=config.overwrite, free=free, earlier=earlier) as folder:
             parts = Parts(storage, folder.digest)
             manifest = read_manifest(parts)
             if manifest is not None:
@@ -149,10 +151,11 @@ def _run(job: _Job, parent_run_id: str | None) -> dict[str, float]:
         storage.put_json("run.json", {"mlflow_run_id": tracker.run_id})
         if run_id is None:
             tracker.log_config(config)
-            tracker.log_params({"model_digest": job.model_digest, **job.artifact})
-            tracker.log_dataset(
-                source=config.data, digest=digest_of(source.fingerprints), num_rows=source.num_rows, context="generation"
-            )
+            commit = {} if source.commit is None else {"data_commit": source.commit}
+            tracker.log_params({"model_digest": job.model_digest, **job.artifact, **commit})
+            # Runs that were recorded before there were commits are compared with this one by it.
+            digest = digest_of({**source.fingerprints, **source.earlier_fingerprints})
+            tracker.log_dataset(source=config.data, digest=digest, num_rows=source.num_rows, context="generation")
         is_left = finished.num_rows < source.num_rows
         if is_left:
             _warn_of_mixing(config, earlier, tracker)

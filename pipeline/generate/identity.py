@@ -11,10 +11,11 @@ from sere.conf.errors import ConfigError
 from sere.conf.masking import mask_values
 from sere.conf.nested import flatten
 from sere.conf.schema import GenerateConfig
+from sere.pipeline.data.source import Source
 from sere.pipeline.generate.attempts import ATTEMPT_NAMES, ATTEMPTS
 from sere.pipeline.generate.parts import PART_NAMES, RESULTS
 from sere.pipeline.runtime.job_folder import JobKind
-from sere.pipeline.runtime.model_facts import CHOOSE_COMMIT
+from sere.pipeline.runtime.model_facts import CHOOSE_COMMIT, ModelFacts
 from sere.pipeline.runtime.older_jobs import schema_defaults
 
 SIMILARITY = "similarity.safetensors"
@@ -26,6 +27,8 @@ ERRORS = "errors.parquet"
 """A copy of the results that have an error; not there without any."""
 SESSIONS = "sessions"
 LOGS = "logs"
+# What the names of settings begin with that say which input it is; a file's name follows.
+_DATA = "data/"
 SESSION_NAMES = r"\d+\.json"
 GENERATE = JobKind(
     name="generate",
@@ -41,8 +44,9 @@ GENERATE = JobKind(
 _FREE = (
     "output",
     "overwrite",
-    # The commit that it was, in `model_digest`, is what the job is of.
+    # The commits that they were, in `model_digest` and the fingerprint of the data, are what the job is of.
     "model_revision",
+    "data_revision",
     "storage_options",
     "tracking",
     "preserve_order",
@@ -86,6 +90,21 @@ _FREE_OF_ENGINE = (
 )
 
 
+def kind_of(source: Source) -> JobKind:
+    """The kind of a job with this input: of a hub dataset, with what helps where its branch has moved."""
+    if source.commit is None:
+        return GENERATE
+    remedy = "go on with a hub dataset's commit by data_revision=COMMIT"
+    remedies = {f"{_DATA}{file.name}": remedy for file in source.files}
+    return dataclasses.replace(GENERATE, remedies={**GENERATE.remedies, **remedies})
+
+
+def earlier_settings(facts: ModelFacts, source: Source) -> dict[str, tuple[str | None, ...]]:
+    """By setting, what a job that was begun by an earlier version may have in the place of today's value."""
+    fingerprints = {f"{_DATA}{name}": (fingerprint,) for name, fingerprint in source.earlier_fingerprints.items()}
+    return {"model_digest": facts.earlier_digests, **fingerprints}
+
+
 def job_settings(config: GenerateConfig, *, model_digest: str, fingerprints: dict[str, Any], artifact: bytes) -> dict[str, Any]:
     """All that a row's answer depends on, as flat JSON values: of two jobs with equal settings one can go on with the other."""
     reroute = config.reroute.resolved() if config.reroute is not None else None
@@ -101,14 +120,16 @@ def job_settings(config: GenerateConfig, *, model_digest: str, fingerprints: dic
     settings = flatten(mask_values(values)) | {"model_digest": model_digest}
     if artifact:
         settings["similarity_digest"] = hashlib.sha256(artifact).hexdigest()
-    settings |= {f"data/{name}": value for name, value in fingerprints.items()}
+    settings |= {f"{_DATA}{name}": value for name, value in fingerprints.items()}
     return json.loads(json.dumps(settings))
 
 
 def free_settings(config: GenerateConfig) -> frozenset[str]:
     """Keys of `job_settings` in which a job may differ from what it was begun with."""
+    # Jobs that were begun before there were commits of data have it among their settings.
+    always = (*_CONDITIONS, "data_revision")
     mixes = config.allow_mixed_batch or config.reroute is None or config.reroute.policy == "none"
-    return frozenset((*_CONDITIONS, *(BATCHING if mixes else ())))
+    return frozenset((*always, *(BATCHING if mixes else ())))
 
 
 def conditions(config: GenerateConfig) -> dict[str, Any]:

@@ -8,11 +8,14 @@ import pytest
 from sere.conf.errors import ConfigError
 from sere.conf.schema import EngineConfig, GenerateConfig, RerouteConfig
 from sere.ops.similarity import SimilarityArtifact
+from sere.pipeline.data.source import InputSpec, Source, SourceFile
 from sere.pipeline.generate import driver
-from sere.pipeline.generate.identity import BATCHING, conditions, free_settings, job_settings
+from sere.pipeline.generate.identity import BATCHING, conditions, earlier_settings, free_settings, job_settings, kind_of
 from sere.pipeline.generate.preflight import engine_arguments, prepare_reroute
 from sere.pipeline.generate.record import Session
+from sere.pipeline.runtime.job_folder import JobFolder
 from sere.pipeline.runtime.model_facts import ModelFacts, read_model_facts
+from sere.pipeline.runtime.storage import Storage
 from tests.conftest import DEMO_MODEL
 
 COMMIT, OTHER = "a" * 40, "b" * 40
@@ -111,3 +114,30 @@ def test_a_session_from_before_a_setting_differs_in_nothing(caplog):
     assert not caplog.records
     driver._warn_of_mixing(config_of(), [Session(1, conditions={**now, "group_by_prefix": True})], None)
     assert "group_by_prefix was True, is False" in caplog.text
+
+
+def source_of(fingerprint: str, commit: str) -> Source:
+    spec = InputSpec(data="org/prompts", text_column="prompt", data_revision=commit)
+    return Source("huggingface", (SourceFile("train", "org/prompts", 2, fingerprint),), spec, commit=commit)
+
+
+def test_a_hub_dataset_is_its_commit(tmp_path):
+    """Jobs begun before data had commits go on where the fingerprint is that of the commit."""
+    storage, config = Storage(str(tmp_path / "run")), config_of(reroute=RerouteConfig(policy="oea"))
+
+    def open_job(source: Source, *, earlier: dict[str, str] | None = None, **changes: Any) -> JobFolder:
+        changed = dataclasses.replace(config, **changes)
+        settings = job_settings(changed, model_digest="m", fingerprints=source.fingerprints, artifact=b"")
+        free, known = free_settings(changed), earlier_settings(facts_of(), source)
+        return JobFolder(storage, kind_of(source), settings | (earlier or {}), overwrite=False, free=free, earlier=known)
+
+    source = source_of("abc", COMMIT)
+    with open_job(source, earlier={"data/train": "2 rows, abc", "data_revision": "main"}) as folder:
+        storage.put("results/part-1.parquet", b"some rows")
+        digest = folder.digest
+    for revision in (None, "main", COMMIT):
+        with open_job(source, data_revision=revision) as folder:
+            assert folder.digest == digest, "the same job"
+    was, now = f"2 rows, abc, commit={COMMIT}", f"2 rows, def, commit={OTHER}"
+    with pytest.raises(ConfigError, match=f"data/train was '{was}', is '{now}'.*dataset's commit by data_revision=COMMIT"):
+        open_job(source_of("def", OTHER)).__enter__()
