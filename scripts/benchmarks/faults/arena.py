@@ -20,6 +20,8 @@ _SETTINGS = (
     "concurrent_batches=2",
     "checkpoint_rows=64",
     "checkpoint_interval_s=2",
+    # Small, so that a small job has many files.
+    "part_mib=0.02",
 )
 
 
@@ -48,7 +50,9 @@ class Arena:
         self._num_jobs += 1
         name = f"job-{self._num_jobs:03d}"
         output = f"s3://{bucket}/{name}" if bucket else ""
-        return Job(self.scratch / name, self.data, [*_SETTINGS, *settings], output=output, options=options)
+        job = Job(self.scratch / name, self.data, [*_SETTINGS, *settings], output=output, options=options)
+        job.more = settings
+        return job
 
     def tally(self, kind: str) -> Tally:
         return Tally(kind, "simulated")

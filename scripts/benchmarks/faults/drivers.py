@@ -14,8 +14,9 @@ from faults.session import Plan
 from faults.tally import Tally
 
 _BEGIN = r"put (job|described|run)\.json"
-_PART = r"put results/part-"
-_ORDERED = r"put results/part-ordered-"
+_REPLICAS_PART = r"put results/part-s\d+-\w+-r0000-{number:06d}"
+# Names that the end of a job gives to parts that it writes.
+_ENDS_PART = r"put results/part-(ordered|compact)-"
 _DECLARE = r"put (errors\.parquet|summary\.json|manifest\.json)"
 _DELETE = r"remove (results/|attempts/|nothing)"
 _CHAIN = 4
@@ -36,7 +37,8 @@ def part(arena: Arena, num_strikes: int) -> Tally:
     """At a replica's write of a part, alone or with that replica, as when their machine goes."""
 
     def draw() -> Plan:
-        return Plan(part_death=_draw(arena, _PART, 5), takes_replica=arena.rng.random() < 0.5)
+        number = arena.rng.randrange(5)
+        return _at_a_part(arena, _REPLICAS_PART.format(number=number))
 
     return _chains(arena, "part", num_strikes, draw)
 
@@ -61,17 +63,27 @@ def anytime(arena: Arena, num_strikes: int) -> Tally:
 
 def order(arena: Arena, num_strikes: int) -> Tally:
     """While parts are written once more in the input's order, or what a session before has left of that is sorted out."""
-    return _at_the_end(arena, "order", num_strikes, _PART, chain=_CHAIN)
+    return _rewriting(arena, "order", num_strikes)
+
+
+def join(arena: Arena, num_strikes: int) -> Tally:
+    """The same where preserve_order is false: small parts are made into larger ones."""
+    return _rewriting(arena, "join", num_strikes, "preserve_order=false")
 
 
 def declare(arena: Arena, num_strikes: int) -> Tally:
     """At the write of the errors, the figures or the manifest."""
-    return _at_the_end(arena, "declare", num_strikes, _DECLARE, chain=1)
+    return _at_the_end(arena, "declare", num_strikes, _DECLARE)
 
 
 def delete(arena: Arena, num_strikes: int) -> Tally:
     """While what the result does not need is removed, after the manifest."""
-    return _at_the_end(arena, "delete", num_strikes, _DELETE, chain=1)
+    return _at_the_end(arena, "delete", num_strikes, _DELETE)
+
+
+def _at_a_part(arena: Arena, operations: str) -> Plan:
+    death = Death(operations, 0, arena.rng.choice(MOMENTS), share=arena.rng.random())
+    return Plan(part_death=death, takes_writer=arena.rng.random() < 0.5)
 
 
 def _undisturbed_s(arena: Arena) -> tuple[float, float]:
@@ -95,22 +107,45 @@ def _chains(arena: Arena, kind: str, num_strikes: int, draw: Callable[[], Plan])
     return tally
 
 
-def _at_the_end(arena: Arena, kind: str, num_strikes: int, operations: str, *, chain: int) -> Tally:
-    """Copies of a job whose rows are all answered, and not more."""
-    tally = arena.tally(kind)
-    answered = arena.job()
-    answered.start(Plan(death=Death(_ORDERED, 0, "before"))).wait()
+def _answered(arena: Arena, *settings: str) -> tuple[Job, Job]:
+    """A job whose rows are all answered, and not more; and one that went on from there undisturbed."""
+    answered = arena.job(*settings)
+    answered.start(Plan(before_end=True)).wait()
     undisturbed = _copy(arena, answered)
     undisturbed.start(Plan()).wait()
+    return answered, undisturbed
+
+
+def _rewriting(arena: Arena, kind: str, num_strikes: int, *settings: str) -> Tally:
+    tally = arena.tally(kind)
+    answered, undisturbed = _answered(arena, *settings)
+    names = [name for name in undisturbed.storage.sizes("results") if re.match(_ENDS_PART, f"put {name}")]
+
+    def draw() -> Plan:
+        if arena.rng.random() < 0.2:
+            # What the driver itself writes there: a part without what is in others, too.
+            return Plan(death=_draw(arena, r"(put|remove) results/", 3))
+        number = re.search(r"-(\d{6}\b.*)", arena.rng.choice(names))[1]
+        return _at_a_part(arena, rf"{_ENDS_PART}\w+-{re.escape(number)}")
+
+    while tally.num_strikes < num_strikes:
+        _chain(arena, tally, _copy(arena, answered), num_strikes, draw, chain=_CHAIN)
+    return tally
+
+
+def _at_the_end(arena: Arena, kind: str, num_strikes: int, operations: str) -> Tally:
+    """Strikes at the driver's own operations, each in a job of its own: after some of them a job is finished."""
+    tally = arena.tally(kind)
+    answered, undisturbed = _answered(arena)
     most = sum(bool(re.match(operations, line)) for line in undisturbed.operations.read_text().splitlines())
     while tally.num_strikes < num_strikes:
-        job = _copy(arena, answered)
-        _chain(arena, tally, job, num_strikes, lambda: Plan(death=_draw(arena, operations, most)), chain=chain)
+        plan = Plan(death=_draw(arena, operations, most))
+        _chain(arena, tally, _copy(arena, answered), num_strikes, lambda plan=plan: plan, chain=1)
     return tally
 
 
 def _copy(arena: Arena, job: Job) -> Job:
-    other = arena.job()
+    other = arena.job(*job.more)
     shutil.copytree(job.output, other.output)
     return other
 

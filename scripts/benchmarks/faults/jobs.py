@@ -15,7 +15,17 @@ from typing import Any
 from sere.pipeline.runtime.storage import Storage
 
 ROOT = Path(__file__).resolve().parents[3]
-_HEAVY = ("ray.data", "torch", "transformers", "pyarrow.parquet", "mlflow", "s3fs", "rich.console", "faults.session")
+_HEAVY = (
+    "ray.data",
+    "torch",
+    # What reading the bundled model's configuration imports.
+    "transformers.models.qwen3_moe.configuration_qwen3_moe",
+    "pyarrow.parquet",
+    "mlflow",
+    "s3fs",
+    "rich.console",
+    "faults.session",
+)
 _HUNG_S = 900.0
 
 
@@ -93,6 +103,8 @@ class Job:
         self.settings = [f"data={data}", f"output={self.output}", *settings]
         self.storage = Storage(self.output, options)
         self.operations = folder / "operations.log"
+        self.more: Sequence[str] = ()
+        """Settings of its own."""
         self._num_sessions = 0
 
     def _log(self) -> Path:

@@ -2,6 +2,7 @@
 
 import atexit
 import os
+import re
 import signal
 import sys
 import threading
@@ -16,8 +17,8 @@ from ray import cloudpickle
 from faults import deaths
 from faults.deaths import Death, arm
 from sere.pipeline import cli
-from sere.pipeline.generate import driver, finish
-from sere.pipeline.generate.replica import actor
+from sere.pipeline.generate import driver
+from sere.pipeline.generate.parts import Parts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,29 +27,30 @@ class Plan:
 
     delay_s: float = 0.5
     """Of the engines, for a batch."""
-    ordered_rows: int = 100
-    """Rows of a part that is put in order: few, so that a small job has many."""
     death: Death | None = None
     """The driver's, at an operation of its own."""
     part_death: Death | None = None
-    """Of the first replica's driver, at an operation of that replica."""
-    takes_replica: bool = False
-    """The replica dies with it, as when their machine goes."""
+    """The driver's, at the write of a part by whoever writes it: a replica, or a task at the end."""
+    takes_writer: bool = False
+    """Whoever writes dies with it, as when their machine goes."""
     scan_s: float | None = None
     """The driver's, so many seconds after the scan of the input began."""
+    before_end: bool = False
+    """The driver's, when all rows are answered and nothing is done with them yet."""
 
 
-class StruckReplica(simulated_engine.SimulatedReplica):
-    """A simulated replica, the first of which strikes."""
+class StruckParts(Parts):
+    """Parts whose writing strikes in whatever process it is done."""
 
-    part_death: Death | None = None
-    takes_replica = False
+    death: Death
+    takes_writer = False
 
-    def __init__(self, spec: Any) -> None:
-        super().__init__(spec)
-        if self.part_death is not None and spec.name.endswith("-r0000"):
-            own = (os.getpid(),) if self.takes_replica else ()
-            arm(replace(self.part_death, victims=(*self.part_death.victims, *own)))
+    def write(self, name: str, table: Any) -> Any:
+        death, operation = self.death, f"put results/part-{name}.parquet"
+        if re.match(death.operations, operation):
+            own = (os.getpid(),) if self.takes_writer else ()
+            arm(replace(death, operations=re.escape(operation), victims=(*death.victims, *own)))
+        return super().write(name, table)
 
 
 def run_session(arguments: list[str], folder: Path, log: Path, operations: Path, plan: Plan, address: str) -> None:
@@ -72,12 +74,13 @@ def run_session(arguments: list[str], folder: Path, log: Path, operations: Path,
     for module in (deaths, sys.modules[__name__]):
         cloudpickle.register_pickle_by_value(module)
     if plan.part_death is not None:
-        StruckReplica.part_death = replace(plan.part_death, victims=(os.getpid(),))
-        StruckReplica.takes_replica = plan.takes_replica
-        actor.Replica = StruckReplica
-    finish._ORDERED_ROWS = plan.ordered_rows
+        StruckParts.death = replace(plan.part_death, victims=(os.getpid(),))
+        StruckParts.takes_writer = plan.takes_writer
+        driver.Parts = StruckParts
     arm(plan.death, operations)
     driver.scan_known = _struck_scan(driver.scan_known, operations, plan.scan_s)
+    if plan.before_end:
+        driver.finish = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
     status = cli.main(arguments)
     # A forked process would leave them out.
     atexit._run_exitfuncs()
