@@ -60,6 +60,8 @@ class SimulatedReplica(actor.Replica):
         name = "vllm.v1.engine.exceptions"
         sys.modules.setdefault(name, ModuleType(name)).__dict__.setdefault("EngineDeadError", SimulatedDeathError)
         self._engine = SimulatedEngine(self.delay_s)
+        # Nothing is printed there, and on an object store it is kept at the end.
+        self._log.touch()
         self._make_requests = RequestMaker(self._spec.config)
         asyncio.get_running_loop().create_task(self._write_in_time())
         return os.uname().nodename
