@@ -43,7 +43,8 @@ class Attempts:
         """
         self._storage, self._name = storage, f"{ATTEMPTS}/{replica}.json"
         self._batches: dict[int, dict[str, Any]] = {}
-        # Batches begin in several threads: a file that is written later must not know less.
+        self._noted: set[int] = set()
+        # Batches begin in several threads: one of them writes for all that wait.
         self._lock = threading.Lock()
 
     def begin(self, number: int, table: pa.Table, num_tries: int, *, alone: bool) -> None:
@@ -52,9 +53,12 @@ class Attempts:
         names, rows = (table[column].to_pylist() for column in KEY)
         for name in dict.fromkeys(names):
             files[name] = _ranges(row for file, row in zip(names, rows, strict=True) if file == name)
+        self._batches[number] = {"tries": num_tries, "alone": len(table) if alone else 0, "files": files}
         with self._lock:
-            self._batches[number] = {"tries": num_tries, "alone": len(table) if alone else 0, "files": files}
-            self._storage.put_json(self._name, list(self._batches.values()))
+            if number not in self._noted:
+                batches = dict(self._batches)
+                self._storage.put_json(self._name, list(batches.values()))
+                self._noted = set(batches)
 
     def end(self, number: int) -> None:
         """A batch is answered; the next `begin` writes that down."""

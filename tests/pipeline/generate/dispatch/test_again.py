@@ -1,5 +1,6 @@
 """How rows are tried again: a row that kills is found, and no other is given up."""
 
+import time
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
@@ -132,6 +133,28 @@ def test_batches_that_begin_at_once_are_all_noted(tmp_path):
     assert set(read_attempts(storage, {})["f"]) == set(range(64))
     forget_attempts(storage)
     assert list(storage.sizes("attempts")) == ["attempts/mine.txt"], "of another name, so somebody else's"
+
+
+def test_batches_that_wait_for_a_slow_storage_are_noted_together(tmp_path, monkeypatch):
+    storage = Storage(str(tmp_path))
+    written, put = [], storage.put_json
+
+    def slow(name, values):
+        if not written:
+            time.sleep(0.5)
+        put(name, values)
+        written.append(len(values))
+
+    monkeypatch.setattr(storage, "put_json", slow)
+    attempts = Attempts(storage, "s0001-ab-r0000")
+
+    def begin(number):
+        attempts.begin(number, rows_of([number]), 0, alone=False)
+        assert number in read_attempts(storage, {})["f"], "before its rows are tried"
+
+    with ThreadPoolExecutor(9) as threads:
+        list(threads.map(begin, range(9)))
+    assert len(written) <= 3 and written[-1] == 9
 
 
 def test_damaged_notes_are_none(tmp_path):
