@@ -59,7 +59,7 @@ def result_sizes(config: CalibrateConfig, model: MoeFacts, *, tables: tuple[str,
 def most_groups(num_bytes: int) -> int:
     """In how many groups a job's shards are summed up at most: 64, or as many as have 2 GB of results.
 
-    With 64 up to 32 workers have work nearly to the end; models that need more workers than that have small sums.
+    Of 64, up to 32 workers have work nearly to the end. Small models may have more workers, but their results are small, too.
 
     Args:
         num_bytes: Of one group's result.

@@ -8,7 +8,6 @@ measured as well; both must come to the same matrices before a number is reporte
 """
 
 import argparse
-import itertools
 import json
 import os
 import resource
@@ -16,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -133,11 +132,10 @@ def make_inputs(folder: Path, *, num_layers: int, num_shards: int, num_domains: 
     pq.write_table(pa.Table.from_pylist(rows), folder / "rows.parquet")
 
 
-def measure(num_layers: int, num_shards: int, num_domains: int) -> dict[str, Any]:
-    """The whole job in this process: what was counted, seconds, and a digest of what came out."""
+def measure(num_layers: int, num_shards: int, num_domains: int, repeats: int) -> list[dict[str, Any]]:
+    """The whole job, several times, in this process: what was counted, seconds, and what tells whether matrices are alike."""
     from sere.calibration_jobs.job import calibrate
     from sere.conf.schema import CalibrateConfig, JudgeConfig, TrackingConfig
-    from sere.ops.similarity import SimilarityArtifact
     from sere.pipeline.runtime.cluster import start_ray
 
     os.environ["SERE_LAYERS"] = str(num_layers)
@@ -147,42 +145,51 @@ def measure(num_layers: int, num_shards: int, num_domains: int) -> dict[str, Any
     runner.CalibrationWorker = SimulatedWorker
     transformers.utils.logging.disable_progress_bar()
     start_ray(NUM_WORKERS, address=None)
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        make_inputs(folder, num_layers=num_layers, num_shards=num_shards, num_domains=num_domains)
-        config = CalibrateConfig(
-            model=str(folder / "model"),
-            data=str(folder / "rows.parquet"),
-            output=str(folder / "similarity.safetensors"),
-            domain_column="domain",
-            metrics=("frobenius", "cosine", "cka"),
-            tables=(),
-            num_sequences=num_shards * SHARD_ROWS,
-            shard_rows=SHARD_ROWS,
-            num_workers=NUM_WORKERS,
-            judge=JudgeConfig(held_out_rows=0),
-            tracking=TrackingConfig(uri=""),
-        )
-        started, cpu = time.perf_counter(), time.process_time()
-        done = calibrate(config)
-        cpu, elapsed = time.process_time() - cpu, time.perf_counter() - started
-        artifact = SimilarityArtifact.load(done.file)
-        growth = json.loads((folder / "calibration" / "quality.json").read_text())["reliability"]
-        kept = [file.stat().st_size for file in (folder / "calibration" / "results").iterdir()]
+    runs = []
+    for _ in range(repeats):
+        counted.clear()
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch)
+            make_inputs(folder, num_layers=num_layers, num_shards=num_shards, num_domains=num_domains)
+            config = CalibrateConfig(
+                model=str(folder / "model"),
+                data=str(folder / "rows.parquet"),
+                output=str(folder / "similarity.safetensors"),
+                domain_column="domain",
+                metrics=("frobenius", "cosine", "cka"),
+                tables=(),
+                num_sequences=num_shards * SHARD_ROWS,
+                shard_rows=SHARD_ROWS,
+                num_workers=NUM_WORKERS,
+                judge=JudgeConfig(held_out_rows=0),
+                tracking=TrackingConfig(uri=""),
+            )
+            started, cpu = time.perf_counter(), time.process_time()
+            calibrate(config)
+            spent = {"cpu_s": time.process_time() - cpu, "elapsed_s": time.perf_counter() - started}
+            runs.append({**spent, **what_is_left(folder), "files_written": counted["files"]})
+        runs[-1]["bytes"] = {name: counted[name] for name in ("reach it", "are written", "are read", "are hashed")}
+        runs[-1]["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return runs
+
+
+def what_is_left(folder: Path) -> dict[str, Any]:
+    """Of a finished job."""
+    from sere.ops.similarity import SimilarityArtifact
+
+    matrices = SimilarityArtifact.load(folder / "similarity.safetensors").matrices
+    weights = torch.rand(NUM_EXPERTS, NUM_EXPERTS, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    kept = [file.stat().st_size for file in (folder / "calibration" / "results").iterdir()]
+    growth = json.loads((folder / "calibration" / "quality.json").read_text())["reliability"]
     return {
-        "bytes": {name: counted[name] for name in ("reach it", "are written", "are read", "are hashed")},
-        "files_written": counted["files"],
         "files_kept": len(kept),
         "bytes_kept": sum(kept),
-        "cpu_s": cpu,
-        "elapsed_s": elapsed,
-        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         "growth_tokens": [step["num_tokens"] for step in growth],
-        "means": {f"{layer}.{name}": float(matrix.double().mean()) for (layer, name), matrix in artifact.matrices.items()},
+        "matrices": {f"{layer}.{name}": float((matrix * weights).mean()) for (layer, name), matrix in matrices.items()},
     }
 
 
-def in_a_process(checkout: Path, *arguments: int) -> dict[str, Any]:
+def in_a_process(checkout: Path, *arguments: int) -> list[dict[str, Any]]:
     """`measure` with the code of a checkout."""
     command = [sys.executable, __file__, "--measure", json.dumps(arguments)]
     environment_there = {**os.environ, "PYTHONPATH": str(checkout.resolve() / ".typing"), "RAY_USAGE_STATS_ENABLED": "0"}
@@ -248,15 +255,15 @@ def main() -> None:
         return
     checkouts = {"before": args.before} if args.before else {}
     checkouts["now"] = Path(__file__).resolve().parents[2]
-    raw: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for _, num_domains in itertools.product(range(args.repeats), (1, 4)):
-        means = []
-        for name, checkout in checkouts.items():
-            found = in_a_process(checkout, args.layers, args.shards, num_domains)
-            means.append(found.pop("means"))
-            raw[f"{num_domains} {name}"].append(found)
-        if any(abs(value - other[key]) > 1e-6 for other in means for key, value in means[0].items()):
-            sys.exit("the two jobs come to different matrices")
+    raw = {
+        f"{num_domains} {name}": in_a_process(checkout, args.layers, args.shards, num_domains, args.repeats)
+        for num_domains in (1, 4)
+        for name, checkout in checkouts.items()
+    }
+    for num_domains in (1, 4):
+        first, *others = (found["matrices"] for name in checkouts for found in raw[f"{num_domains} {name}"])
+        if any(abs(value - other[key]) > 1e-6 for other in others for key, value in first.items()):
+            sys.exit("two jobs come to different matrices")
     lines = [*bytes_table(raw, args), "", *rest_table(raw)]
     where = environment(f"transformers {transformers.__version__}")
     if args.before:
