@@ -18,13 +18,16 @@ os.environ.update(
 )
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from tests.examples import FACTOR
 from tests.servers import free_port, wait_until_listening
 
 # The same cases in every run, so that what is red is the change; `make test-long` draws others, and more.
-settings.register_profile("sere", derandomize=FACTOR == 1, deadline=None, print_blob=True)
+# On a busy machine drawing is slow, too: that is no fault of a test's.
+settings.register_profile(
+    "sere", derandomize=FACTOR == 1, deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
+)
 settings.load_profile("sere")
 
 # Shells ignore Ctrl-C in what they start in the background, and so would the processes that tests send it to.
