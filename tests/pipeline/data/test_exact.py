@@ -119,7 +119,7 @@ def check(folder, columns):
                 assert value.as_py() == wrote.cast(pa.string()).as_py()
             else:
                 assert pa.types.is_string(value.type) or pa.types.is_large_string(value.type)
-                assert not isinstance(meaning(wrote), str), "text is text already"
+                assert not isinstance(wrote.as_py(), str), "text is text already"
                 assert parsed(json.loads(value.as_py(), parse_float=Decimal)) == tuples_as_lists(meaning(wrote, is_text=True))
 
 
