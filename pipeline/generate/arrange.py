@@ -20,6 +20,11 @@ from sere.pipeline.generate.dispatch.work import Rows, cut, joined, reason
 from sere.pipeline.generate.parts import Finished, PartFacts, Parts
 from sere.pipeline.runtime.job_folder import JobFolder
 
+# Of rows in memory.
+_ROW_GROUP_BYTES = 64 * 2**20
+# At a time; each holds a part in memory.
+_MOST_TASKS = 32
+
 
 def arrange(
     config: GenerateConfig,
@@ -83,14 +88,14 @@ def run_tasks(calls: Iterable[tuple[Any, ...]], folder: JobFolder) -> Iterator[A
     """
     import ray
 
-    most = max(4, int(ray.cluster_resources().get("CPU", 1)))
+    most = min(max(4, int(ray.cluster_resources().get("CPU", 1))), _MOST_TASKS)
     running: deque[Any] = deque()
     waiting = iter(calls)
     try:
         while True:
             # They take no core: whatever makes their arguments may hold all of them.
             for function, *arguments in waiting:
-                running.append(ray.remote(num_cpus=0)(function).remote(*arguments))
+                running.append(ray.remote(num_cpus=0, scheduling_strategy="SPREAD")(function).remote(*arguments))
                 if len(running) >= most:
                     break
             if not running:
@@ -127,16 +132,36 @@ def _groups(parts: Mapping[str, PartFacts], references: str, target: float, *, i
 
 def _rewrite(parts: Parts, name: str, references: str, names: list[str]) -> list[tuple[str, PartFacts]]:
     """Write parts as one, or as several where their columns differ; returns names and what is in them."""
-    tables = [with_scores(table, references) for table in parts.read_all(names)]
+    tables = (with_scores(table, references) for table in parts.read_all(names))
     same = groupby(tables, key=lambda table: table.schema)
-    return [
-        _write(parts, f"{name}-{number}", pa.concat_tables(list(some)), references) for number, (_, some) in enumerate(same)
-    ]
+    return [_write(parts, f"{name}-{number}", _row_groups(some), references) for number, (_, some) in enumerate(same)]
 
 
-def _write(parts: Parts, name: str, table: pa.Table, references: str) -> tuple[str, PartFacts]:
-    whole, size = parts.write(name, table)
-    return whole, PartFacts(size, len(table), len(table) - table["error"].null_count, references)
+def _row_groups(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """The same rows, so many at a time that memory does not grow with their number."""
+    held, num_bytes = [], 0
+    for table in tables:
+        held.append(table)
+        num_bytes += table.nbytes
+        if num_bytes >= _ROW_GROUP_BYTES:
+            yield pa.concat_tables(held)
+            held, num_bytes = [], 0
+    if held:
+        yield pa.concat_tables(held)
+
+
+def _write(parts: Parts, name: str, tables: Iterable[pa.Table], references: str) -> tuple[str, PartFacts]:
+    num_rows = num_errors = 0
+
+    def counted() -> Iterator[pa.Table]:
+        nonlocal num_rows, num_errors
+        for table in tables:
+            num_rows += len(table)
+            num_errors += len(table) - table["error"].null_count
+            yield table
+
+    whole, size = parts.write_all(name, counted())
+    return whole, PartFacts(size, num_rows, num_errors, references)
 
 
 def _in_order(
@@ -178,7 +203,7 @@ def _write_rows(
     parts: Parts, name: str, references: str, spans: list[tuple[int, int]], *tables: pa.Table
 ) -> tuple[str, PartFacts]:
     table = joined(spans, tables).drop_columns([FILE_NUMBER])
-    return _write(parts, name, with_scores(table, references), references)
+    return _write(parts, name, [with_scores(table, references)], references)
 
 
 def _failed(parts: Parts, name: str) -> pa.Table:

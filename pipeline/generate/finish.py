@@ -1,14 +1,12 @@
 """The end of a generate job: nothing missing, nothing twice, in order if asked; figures of all parts together."""
 
-import io
 import logging
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from sere.conf.errors import TryAgainError
 from sere.conf.schema import GenerateConfig
@@ -96,14 +94,17 @@ def finish(
 def _write_errors(parts: Parts, failed: Iterable[pa.Table], empty: pa.Table) -> list[str]:
     """Write the rows that have errors to a file of their own, be there any or not; returns the first errors."""
     first: list[str] = []
-    content, writer = io.BytesIO(), None
-    for table in failed:
-        first += table["error"].slice(0, 3 - len(first)).to_pylist()
-        writer = writer or pq.ParquetWriter(content, table.schema, compression="zstd")
-        writer.write_table(table.cast(writer.schema))
-    if writer is not None:
-        writer.close()
-    parts.storage.put(ERRORS, content.getvalue() or to_parquet(empty))
+
+    def tables() -> Iterator[pa.Table]:
+        schema = None
+        for table in failed:
+            first.extend(table["error"].slice(0, 3 - len(first)).to_pylist())
+            schema = schema or table.schema
+            yield table.cast(schema)
+        if schema is None:
+            yield empty
+
+    parts.storage.put(ERRORS, to_parquet(tables()))
     return first
 
 

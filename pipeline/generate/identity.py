@@ -24,7 +24,7 @@ MANIFEST = "manifest.json"
 INPUT = "described.json"
 """What is known of the input's files: those that are unchanged are not read again to describe them."""
 ERRORS = "errors.parquet"
-"""A copy of the results that have an error; not there without any."""
+"""A copy of the results that have an error; without rows if none has."""
 SESSIONS = "sessions"
 LOGS = "logs"
 # What the names of settings begin with that say which input it is; a file's name follows.

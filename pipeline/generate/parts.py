@@ -93,7 +93,11 @@ class Parts:
 
     def write(self, name: str, table: pa.Table) -> tuple[str, int]:
         """Write `results/part-NAME.parquet`; returns that, and its size in bytes."""
-        whole, content = f"{_PART}{name}.parquet", to_parquet(table, self.digest)
+        return self.write_all(name, [table])
+
+    def write_all(self, name: str, tables: Iterable[pa.Table]) -> tuple[str, int]:
+        """The same of several tables, see `to_parquet`."""
+        whole, content = f"{_PART}{name}.parquet", to_parquet(tables, self.digest)
         self.storage.put(whole, content)
         return whole, len(content)
 
@@ -131,13 +135,11 @@ class Parts:
             with self.storage.filesystem.open(self.storage.locate(name), "rb", cache_type="none") as opened:
                 return pq.read_metadata(opened).num_rows
 
-        def patiently_rows(name: str) -> int:
-            return patiently(lambda: rows(name), what=f"{self.storage.shown}/{name}")
-
         # A new look: other processes have written them.
-        there = self.storage.sizes(RESULTS)
+        wanted = set(names)
+        there = [name for name in self.storage.sizes(RESULTS) if name in wanted]
         with ThreadPoolExecutor(_THREADS) as threads:
-            return sum(threads.map(patiently_rows, [name for name in names if name in there]))
+            return sum(threads.map(lambda name: patiently(lambda: rows(name), what=f"{self.storage.shown}/{name}"), there))
 
     def scan(self, *, errors_count: bool = True) -> Finished:
         """Which rows are finished. Damaged parts are moved aside; of several answers to a row all but one are taken out.
@@ -223,7 +225,7 @@ class Parts:
         keep = np.ones(num_rows, bool)
         keep[rows] = False
         if keep.any():
-            self.storage.put(name, to_parquet(table.filter(pa.array(keep)), self.digest))
+            self.storage.put(name, to_parquet([table.filter(pa.array(keep))], self.digest))
         else:
             self.storage.remove(name)
 
@@ -233,7 +235,6 @@ def _by_file(table: pa.Table) -> tuple[dict[str, np.ndarray], dict[str, np.ndarr
     files, positions = table["source_file"].unify_dictionaries().combine_chunks(), table["source_row"].to_numpy()
     if not len(table):
         return {}, {}
-    # A column of one file after the other is in order as it is, and sorted in no time.
     codes = files.indices.to_numpy()
     order = np.argsort(codes, kind="stable")
     present, starts = np.unique(codes[order], return_index=True)
@@ -253,7 +254,7 @@ def _merge(parts: dict[str, _Keys], *, errors_count: bool) -> tuple[Finished, di
     again = {file: rows[1:][rows[1:] == rows[:-1]] for file, rows in finished.rows.items()}
     if again := {file: rows for file, rows in again.items() if len(rows)}:
         return finished, _not_kept(parts, again)
-    finished.num_errors = sum(keys.facts.num_errors for keys in parts.values())
+    finished.num_errors = sum(keys.facts.num_errors for keys in parts.values()) if errors_count else 0
     finished.prompt_tokens = sum(keys.prompt_tokens for keys in parts.values())
     finished.generated_tokens = sum(keys.generated_tokens for keys in parts.values())
     if not errors_count:
@@ -261,8 +262,6 @@ def _merge(parts: dict[str, _Keys], *, errors_count: bool) -> tuple[Finished, di
             for file, positions in keys.places.items() if keys.facts.num_errors else ():
                 failed = positions[keys.error[keys.numbers[file]]]
                 finished.rows[file] = np.setdiff1d(finished.rows[file], failed, assume_unique=True)
-        finished.rows = {file: rows for file, rows in finished.rows.items() if len(rows)}
-        finished.num_errors = 0
     finished.num_rows = sum(len(rows) for rows in finished.rows.values())
     return finished, {}
 
@@ -289,9 +288,13 @@ def _not_kept(parts: dict[str, _Keys], again: dict[str, np.ndarray]) -> dict[str
     return {names[index]: number[losers[owner[losers] == index]] for index in np.unique(owner[losers]).tolist()}
 
 
-def to_parquet(table: pa.Table, owner: str = "") -> bytes:
-    """A table as the bytes of a parquet file that says whose it is."""
-    metadata = {**(table.schema.metadata or {}), _OWNER: owner.encode()}
-    buffer = io.BytesIO()
-    pq.write_table(table.replace_schema_metadata(metadata), buffer, compression="zstd")
-    return buffer.getvalue()
+def to_parquet(tables: Iterable[pa.Table], owner: str = "") -> bytes:
+    """Tables of one schema, at least one, as the bytes of a parquet file that says whose it is; each is a row group."""
+    content, writer = io.BytesIO(), None
+    for table in tables:
+        table = table.replace_schema_metadata({**(table.schema.metadata or {}), _OWNER: owner.encode()})
+        writer = writer or pq.ParquetWriter(content, table.schema, compression="zstd")
+        writer.write_table(table)
+    assert writer is not None
+    writer.close()
+    return content.getvalue()

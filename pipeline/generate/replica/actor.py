@@ -29,6 +29,9 @@ from sere.pipeline.generate.replica.requests import Request, RequestMaker
 from sere.pipeline.generate.replica.spec import ReplicaSpec, ReplicaStatus
 from sere.pipeline.runtime.job_folder import JOB_FILE
 
+# Rows that are all alike become next to nothing in a file, and would fill the memory before it is full.
+_MOST_COMPRESSION = 8.0
+
 
 class Replica:
     """One engine. Its methods run on one event loop, so nothing here needs a lock."""
@@ -174,7 +177,8 @@ class Replica:
     async def write(self) -> None:
         """Write what is finished and not yet written as a part."""
         async with self._writing:
-            rows, self._finished, self._finished_bytes = self._finished, [], 0.0
+            rows, self._finished = self._finished, []
+            num_bytes, self._finished_bytes = self._finished_bytes, 0.0
             self._last_write = time.monotonic()
             if not rows:
                 return
@@ -186,9 +190,10 @@ class Replica:
             except BaseException:
                 # Under the same name once more: it may be there, and not have been confirmed.
                 self._finished = rows + self._finished
+                self._finished_bytes += num_bytes
                 raise
             self._num_parts += 1
-            self._compression = table.nbytes / size
+            self._compression = min(table.nbytes / size, _MOST_COMPRESSION)
             self._status.num_written += len(rows)
             for number, _, _ in rows:
                 self._unwritten[number] -= 1

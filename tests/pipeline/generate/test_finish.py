@@ -7,6 +7,8 @@ from itertools import islice
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from sere.conf.errors import ConfigError
 from sere.conf.schema import GenerateConfig
@@ -25,6 +27,7 @@ from sere.pipeline.generate.replica.answers import Answer, answer_table
 from sere.pipeline.runtime.job_folder import JobFolder
 from sere.pipeline.runtime.storage import Storage
 from sere.pipeline.tracking.tracker import NullTracker
+from tests.examples import examples
 
 pytestmark = pytest.mark.cluster
 NUM_ROWS = 23
@@ -128,6 +131,17 @@ def test_what_prefix_caches_had_over_all_sessions(config):
     write_session(storage, Session(2, prefix_cache_queries=300, prefix_cache_hits=210))
     write_session(storage, Session(3, prefix_cache_queries=100, prefix_cache_hits=10))
     assert job.finish()["prefix_cache_hit_rate"] == storage.get_json("summary.json")["prefix_cache_hit_rate"] == 0.55
+
+
+@settings(max_examples=examples(50), deadline=None)
+@given(st.lists(st.integers(1, 20), max_size=12), st.integers(1, 400))
+def test_row_groups_are_the_same_rows_and_of_a_size(lengths, most):
+    tables = [pa.table({"n": range(10 * number, 10 * number + length)}) for number, length in enumerate(lengths)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(arrange_module, "_ROW_GROUP_BYTES", most)
+        groups = list(arrange_module._row_groups(iter(tables)))
+    assert [n for group in groups for n in group["n"].to_pylist()] == [n for table in tables for n in table["n"].to_pylist()]
+    assert all(group.nbytes >= most for group in groups[:-1]) and all(group.nbytes < most + 8 * 20 for group in groups)
 
 
 MORE_STEPS = [pytest.param(step, marks=pytest.mark.long) for step in ("sort", "first part")]
