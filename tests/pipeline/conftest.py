@@ -1,4 +1,4 @@
-"""Every kind of storage."""
+"""Every kind of storage, and a Ray."""
 
 import pytest
 
@@ -13,3 +13,12 @@ def uri(request, tmp_path):
 
     fsspec.filesystem("memory").store.clear()
     return "memory://bucket/run"
+
+
+@pytest.fixture(scope="module")
+def local_ray():
+    import ray
+
+    ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield ray
+    ray.shutdown()

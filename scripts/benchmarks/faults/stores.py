@@ -2,21 +2,18 @@
 
 import json
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+
+from object_store import BUCKET, object_store, options_of
 
 from faults.arena import Arena
 from faults.deaths import MOMENTS, Death
-from faults.jobs import ROOT, Job, Session
+from faults.jobs import Job, Session
 from faults.session import Plan
 from faults.tally import Tally
 
 # As in sere.pipeline.runtime.lease: a driver that is silent for so long has lost the folder.
 _SILENCE_S = 15.0
-_BUCKET = "runs"
 _ANY = r"(put|create|remove) "
 
 
@@ -34,7 +31,7 @@ def _behind_proxy(arena: Arena, kind: str, num_strikes: int, **proxy: float) -> 
     from tests.failing_proxy import failing_proxy
 
     tally = arena.tally(kind)
-    with _bucket(arena) as port:
+    with object_store() as port:
         while tally.num_strikes < num_strikes:
             with failing_proxy(port, seed=arena.rng.randrange(10**6), **proxy) as (address, refused):
                 job = _job(arena, address)
@@ -47,7 +44,7 @@ def _behind_proxy(arena: Arena, kind: str, num_strikes: int, **proxy: float) -> 
 def driver(arena: Arena, num_strikes: int) -> Tally:
     """The driver is killed at one operation of any phase, on an object store, and started again at once."""
     tally = arena.tally("s3-driver")
-    with _bucket(arena) as port:
+    with object_store() as port:
         job = _job(arena, port)
         tally.until_done(job, arena.expected, Plan())
         most = len([line for line in job.operations.read_text().splitlines() if not line.startswith("scan")])
@@ -74,7 +71,7 @@ def second(arena: Arena, num_strikes: int) -> Tally:
 
 def _two(arena: Arena, kind: str, num_strikes: int, *, is_together: bool) -> Tally:
     tally = arena.tally(kind)
-    with _bucket(arena) as port:
+    with object_store() as port:
         while tally.num_strikes < num_strikes:
             job = _job(arena, port)
             first = job.start(Plan())
@@ -91,7 +88,7 @@ def _two(arena: Arena, kind: str, num_strikes: int, *, is_together: bool) -> Tal
 def stopped(arena: Arena, num_strikes: int) -> Tally:
     """The driver is stopped (SIGSTOP) for longer than its lease lasts, and goes on while a second one works, or after it."""
     tally = arena.tally("s3-stopped")
-    with _bucket(arena) as port:
+    with object_store() as port:
         while tally.num_strikes < num_strikes:
             job = _job(arena, port)
             first = job.start(Plan(delay_s=1.0))
@@ -116,31 +113,6 @@ def _take_over(arena: Arena, job: Job, first: Session, tally: Tally) -> None:
 
 def _job(arena: Arena, port: int) -> Job:
     """A job whose run directory is on the server at a port."""
-    options = {
-        "endpoint_url": f"http://127.0.0.1:{port}",
-        "key": "id",
-        "secret": "hunter2",
-        # The client would try again by itself, and leave nothing to the job.
-        "config_kwargs": {"retries": {"total_max_attempts": 1}},
-    }
-    return arena.job(f"storage_options={json.dumps(options)}", bucket=_BUCKET, options=options)
-
-
-@contextmanager
-def _bucket(arena: Arena) -> Iterator[int]:
-    """The port of an S3 server that has an empty bucket."""
-    import s3fs
-
-    from tests.servers import free_port, wait_until_listening
-
-    port = free_port()
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    with (arena.scratch / "moto.log").open("ab") as log:
-        server = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
-    try:
-        wait_until_listening(server, port)
-        s3fs.S3FileSystem(endpoint_url=f"http://127.0.0.1:{port}", key="id", secret="hunter2").mkdir(_BUCKET)
-        yield port
-    finally:
-        server.kill()
-        server.wait()
+    # The client would try again by itself, and leave nothing to the job.
+    options = {**options_of(port), "config_kwargs": {"retries": {"total_max_attempts": 1}}}
+    return arena.job(f"storage_options={json.dumps(options)}", bucket=BUCKET, options=options)

@@ -4,7 +4,6 @@ import json
 from dataclasses import replace
 
 import datasets
-import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
@@ -12,7 +11,7 @@ from sere.calibration_jobs.texts import read_rows
 from sere.conf.errors import ConfigError
 from sere.conf.schema import CalibrateConfig
 from sere.pipeline.data.hub import load_dataset
-from tests.hub_server import hub_server
+from tests.hub_server import asked_hub
 from tests.pipeline.data.opening import open_source, read
 
 NAME = "somebody/prompts"
@@ -21,14 +20,7 @@ NAME = "somebody/prompts"
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """A hub that this process asks, with empty caches; `hub.put(prompts, ref)` makes a commit of a dataset."""
-    with hub_server() as started:
-        for name, value in {
-            "ENDPOINT": started.address,
-            "HUGGINGFACE_CO_URL_TEMPLATE": started.address + "/{repo_id}/resolve/{revision}/{filename}",
-            "HF_HUB_CACHE": str(tmp_path / "hub"),
-            "HF_HUB_OFFLINE": False,
-        }.items():
-            monkeypatch.setattr(constants, name, value)
+    with asked_hub(monkeypatch, tmp_path / "hub") as started:
         for name, value in {
             "HF_ENDPOINT": started.address,
             "HF_DATASETS_CACHE": tmp_path / "datasets",
@@ -37,7 +29,6 @@ def hub(tmp_path, monkeypatch):
         }.items():
             monkeypatch.setattr(datasets.config, name, value)
         monkeypatch.setattr(datasets.config, "DOWNLOADED_DATASETS_PATH", tmp_path / "downloads")
-        huggingface_hub.close_session()
 
         def put(*prompts, ref="main"):
             folder = tmp_path / f"commit-{len(list(tmp_path.glob('commit-*')))}"
@@ -47,7 +38,6 @@ def hub(tmp_path, monkeypatch):
 
         started.put = put
         yield started
-    huggingface_hub.close_session()
 
 
 @pytest.fixture

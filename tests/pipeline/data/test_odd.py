@@ -278,15 +278,6 @@ def test_a_file_that_is_another_when_it_is_read(tmp_path, suffix):
         read(source)
 
 
-@pytest.fixture(scope="module")
-def local_ray():
-    import ray
-
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    yield
-    ray.shutdown()
-
-
 def _dies(source, index):
     os._exit(1)
 

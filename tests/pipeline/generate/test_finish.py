@@ -29,17 +29,8 @@ from sere.pipeline.runtime.storage import Storage
 from sere.pipeline.tracking.tracker import NullTracker
 from tests.examples import examples
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("local_ray")]
 NUM_ROWS = 23
-
-
-@pytest.fixture(scope="module", autouse=True)
-def local_ray():
-    import ray
-
-    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    yield
-    ray.shutdown()
 
 
 @pytest.fixture

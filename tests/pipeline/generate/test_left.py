@@ -19,18 +19,9 @@ from sere.pipeline.generate.dispatch.remaining import read
 from sere.pipeline.generate.left import read_batches
 from sere.pipeline.generate.parts import Finished
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("local_ray")]
 NUM_GROUPS, GROUP = 30, 8
 PREFIXES = [f"{number:02d} {'instructions that eight rows share ' * 4}" for number in range(NUM_GROUPS)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def local_ray():
-    import ray
-
-    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    yield
-    ray.shutdown()
 
 
 @pytest.fixture

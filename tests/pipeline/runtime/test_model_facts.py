@@ -13,7 +13,7 @@ from sere.conf.errors import ConfigError
 from sere.ops.model_digest import ModelIdentity, model_digest, model_identity
 from sere.pipeline.runtime.model_facts import read_model_facts
 from tests.conftest import DEMO_MODEL
-from tests.hub_server import Hub, hub_server
+from tests.hub_server import Hub, asked_hub
 
 NAME = "somebody/some-moe"
 
@@ -21,17 +21,8 @@ NAME = "somebody/some-moe"
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """A hub that this process asks, with an empty cache."""
-    with hub_server() as started:
-        for name, value in {
-            "ENDPOINT": started.address,
-            "HUGGINGFACE_CO_URL_TEMPLATE": started.address + "/{repo_id}/resolve/{revision}/{filename}",
-            "HF_HUB_CACHE": str(tmp_path / "cache"),
-            "HF_HUB_OFFLINE": False,
-        }.items():
-            monkeypatch.setattr(constants, name, value)
-        huggingface_hub.close_session()
+    with asked_hub(monkeypatch, tmp_path / "cache") as started:
         yield started
-    huggingface_hub.close_session()
 
 
 @pytest.fixture

@@ -86,15 +86,6 @@ class Worker:
     stop = flush
 
 
-@pytest.fixture(scope="module")
-def local_ray():
-    import ray
-
-    ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    yield ray
-    ray.shutdown()
-
-
 @pytest.fixture
 def job(local_ray, tmp_path):
     """A function that runs prompts through workers, and returns the rows in the parts."""
